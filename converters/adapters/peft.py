@@ -1,0 +1,241 @@
+"""PEFT adapters: a directory with adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.adapters.lora import LoraPair
+from converters.adapters.peft_config import PeftConfig, parse_peft_config
+from converters.adapters.storing import PairOut, Rounding, round_pair
+from converters.atomic import atomic_directory
+from converters.errors import FileMissingError, FormatError, UnsupportedError
+from converters.fingerprint import fingerprint
+from converters.ggml import QType, nbytes
+from converters.names import canonical, natural_order
+from converters.paths import existing, parse_json_object, read_bytes
+from converters.safetensors_file import SafetensorsFile, write_safetensors
+from converters.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+_LINEAR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
+_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
+_MORE_THAN_PAIRS = (
+    ("lora_magnitude_vector", "holds DoRA magnitudes; DoRA's update is not of low rank: merge it with PEFT"),
+    ("modules_to_save", "is a whole module trained beside the pairs (modules_to_save): merge it with PEFT"),
+    ("trainable_tokens", "holds trained tokens: merge them with PEFT"),
+    ("token_adapter", "holds trained tokens: merge them with PEFT"),
+    (".lora_B.bias", "is a bias of lora_B, which no GGUF adapter can hold: merge it with PEFT"),
+    (".bias", "is a trained bias, which no GGUF adapter can hold: merge it with PEFT"),
+    ("norm", "is a trained norm, which llama.cpp would accept and ignore: merge it with PEFT"),
+)
+
+
+class PeftAdapter:
+    """A PEFT LoRA adapter (a `LoraAdapter`); see `open_peft`."""
+
+    format = "peft"
+
+    def __init__(self, path: Path, config_bytes: bytes, config: PeftConfig, file: SafetensorsFile) -> None:
+        self.path = path
+        self.config = config
+        self.config_bytes = config_bytes
+        self._file = file
+        self._keys = _pair_keys(file)
+        pairs = {module: self._pair(module, keys) for module, keys in self._keys.items()}
+        self.pairs: Mapping[str, LoraPair] = {name: pairs[name] for name in sorted(pairs, key=natural_order)}
+
+    @property
+    def lora_alpha(self) -> float:
+        return self.config.lora_alpha
+
+    @property
+    def base_model_name(self) -> str | None:
+        return self.config.base_model_name
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...]:
+        return self.config.invocation_tokens
+
+    @property
+    def nbytes(self) -> int:
+        return self._file.path.stat().st_size
+
+    def load(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = self._keys[module]
+        return self._file.load(keys.a), self._file.load(keys.b)
+
+    def fingerprint(self) -> str:
+        return fingerprint([self._file], extra=self.config_bytes)
+
+    def _pair(self, module: str, keys: _PairKeys) -> LoraPair:
+        rank, columns = self._matrix(keys.a)
+        rows, rank_b = self._matrix(keys.b)
+        if rank != rank_b:
+            raise FormatError(f"A has rank {rank}, B has rank {rank_b}", file=self._file.path, tensor=keys.b)
+        announced = self.config.rank(keys.module)
+        if rank != announced:
+            raise FormatError(
+                f"has rank {rank}, and {CONFIG} gives it {announced}: they do not belong together",
+                file=self._file.path,
+                tensor=keys.a,
+            )
+        scaling = self.config.scaling(keys.module, rank)
+        shape = (columns, rows) if keys.embedding else (rows, columns)
+        return LoraPair(module, keys.module, rank, scaling, shape, keys.embedding)
+
+    def _matrix(self, key: str) -> tuple[int, int]:
+        shape = self._file.infos[key].shape
+        if len(shape) != 2 or 0 in shape:
+            raise FormatError(
+                f"has the shape {list(shape)}, expected a matrix: saved by DeepSpeed ZeRO-3 or FSDP without gathering "
+                f"its weights? Save it again from the training script",
+                file=self._file.path,
+                tensor=key,
+            )
+        return shape[0], shape[1]
+
+
+@dataclass(frozen=True)
+class _PairKeys:
+    """The tensor names of one pair; `module` is the name that PEFT matches its patterns against."""
+
+    module: str
+    a: str
+    b: str
+    embedding: bool
+
+
+def open_peft(path: str | Path) -> PeftAdapter:
+    """Opens a PEFT adapter directory; reads headers only.
+
+    Raises:
+        FileMissingError: the directory, its configuration or its weights are missing.
+        FormatError: they are damaged or contradict each other.
+        UnsupportedError: the adapter holds what pairs can't express, named in the message.
+    """
+    directory = existing(path, "the adapter")
+    if directory.suffix == ".gguf" and directory.is_file():
+        raise UnsupportedError("is a GGUF file; adapters are read from PEFT directories so far", file=directory)
+    if not directory.is_dir():
+        raise FileMissingError(f"is a file, expected a directory with {CONFIG}", file=directory)
+    config_bytes = read_bytes(directory / CONFIG, "the adapter's configuration")
+    raw = parse_json_object(config_bytes, "the adapter's configuration", directory / CONFIG)
+    config = parse_peft_config(raw, directory / CONFIG)
+    weights = directory / WEIGHTS
+    if not weights.exists() and (directory / "adapter_model.bin").exists():
+        raise UnsupportedError(
+            "is a pickle, which can run code when opened. If you trust it, convert it once: python -c "
+            "\"import torch, safetensors.torch as s; s.save_file(torch.load('adapter_model.bin', weights_only=True), "
+            "'adapter_model.safetensors')\"",
+            file=directory / "adapter_model.bin",
+        )
+    return PeftAdapter(directory, config_bytes, config, SafetensorsFile(weights))
+
+
+def _pair_keys(file: SafetensorsFile) -> dict[str, _PairKeys]:
+    """Groups a file's tensors into pairs by canonical module.
+
+    Raises:
+        FormatError: half a pair, two pairs for one module, or none at all.
+        UnsupportedError: a tensor that belongs to no pair.
+    """
+    found: dict[tuple[str, bool], dict[str, list[str]]] = defaultdict(lambda: {"A": [], "B": []})
+    for key in file.infos:
+        plain = key.removeprefix(_PREFIX)
+        match = _LINEAR.fullmatch(plain) or _EMBEDDING.fullmatch(plain)
+        if match is None:
+            raise _foreign_tensor(key, file.path)
+        found[match[1], ".lora_embedding_" in plain][match[2]].append(key)
+    if not found:
+        raise FormatError("holds no tensors at all", file=file.path)
+    pairs: dict[str, _PairKeys] = {}
+    for (module, embedding), halves in found.items():
+        keys = _both_halves(module, halves, file.path)
+        if canonical(module) in pairs:
+            raise FormatError("two pairs for one module", file=file.path, tensor=keys[1])
+        pairs[canonical(module)] = _PairKeys(module, *keys, embedding)
+    return pairs
+
+
+def _both_halves(module: str, halves: Mapping[str, Sequence[str]], path: Path) -> tuple[str, str]:
+    for half, other in (("A", "B"), ("B", "A")):
+        if not halves[half]:
+            message = f"has a lora_{other} but no lora_{half}: the file is incomplete"
+            raise FormatError(message, file=path, tensor=halves[other][0])
+        if len(halves[half]) > 1:
+            raise FormatError(f"{module} has several adapters in one file", file=path, tensor=halves[half][1])
+    return halves["A"][0], halves["B"][0]
+
+
+def _foreign_tensor(key: str, path: Path) -> UnsupportedError:
+    for mark, what in _MORE_THAN_PAIRS:
+        if mark in key:
+            return UnsupportedError(what, file=path, tensor=key)
+    return UnsupportedError("is neither a lora_A nor a lora_B and can't be expressed", file=path, tensor=key)
+
+
+def write_peft_adapter(
+    target: Path,
+    pairs: Sequence[PairOut],
+    *,
+    config: bytes,
+    qtype: QType,
+    metadata: Mapping[str, str],
+    card: str,
+    force: bool = False,
+) -> dict[str, Rounding]:
+    """Writes an adapter directory, whole or not at all: configuration, tensors and a card (README.md).
+
+    Args:
+        pairs: named as PEFT modules, without the prefix `base_model.model.`.
+        config: the bytes of adapter_config.json, whose scaling the pairs rely on.
+        qtype: F32, F16 or BF16.
+        metadata: free-form strings for the safetensors header.
+
+    Returns:
+        How each pair was rounded, by name.
+
+    Raises:
+        OutputPathError, WriteError: see `converters.atomic`. UnsupportedError: see `round_pair`.
+    """
+    infos, owners = [], {}
+    for pair in pairs:
+        for half, shape in (("A", pair.a_shape), ("B", pair.b_shape)):
+            key = _key(pair, half)
+            infos.append(TensorInfo(key, shape, qtype.name, nbytes(shape, qtype)))
+            owners[key] = pair
+    report: dict[str, Rounding] = {}
+    waiting: dict[str, bytes] = {}
+
+    def give(key: str) -> list[bytes]:
+        if key in waiting:
+            return [waiting.pop(key)]
+        pair = owners[key]
+        rounded = round_pair(pair, qtype)
+        report[pair.name] = rounded.rounding
+        waiting[_key(pair, "B")] = rounded.b
+        return [rounded.a]
+
+    with atomic_directory(target, force=force) as directory:
+        with (directory / WEIGHTS).open("wb") as file:
+            write_safetensors(file, infos, give, {"format": "pt", **metadata})
+        (directory / CONFIG).write_bytes(config)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+    return report
+
+
+def _key(pair: PairOut, half: str) -> str:
+    if pair.embedding:
+        return f"{_PREFIX}{pair.name}.lora_embedding_{half}"
+    return f"{_PREFIX}{pair.name}.lora_{half}.weight"

@@ -1,0 +1,172 @@
+"""adapter_config.json: what a PEFT adapter's tensors mean, and which adapters are more than pairs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import regex
+
+from converters.errors import FormatError, UnsupportedError
+
+_MATCH_SECONDS = 1.0
+_MAX_PATTERN = 1000
+_PLAIN_NAME = re.compile(r"[\w.\\-]*")
+_HARMLESS_INITS = {None, True, False, "gaussian", "eva", "orthogonal"}
+"""Initialisations that leave the base model as it is; the others subtract something from it."""
+
+_REFUSED_SWITCHES = {
+    "use_dora": "uses DoRA, whose update is not of low rank; merge it into its model with PEFT",
+    "use_qalora": "uses QALoRA, which pools its inputs",
+    "lora_bias": "trains a bias beside lora_B (lora_bias), which no GGUF adapter can hold; merge it with PEFT",
+    "layer_replication": "repeats layers of its base model (layer_replication)",
+    "kasa_config": "is a KaSA adapter, which changes its base model",
+    "monteclora_config": "is a Monteclora adapter, whose weights are random variables",
+    "use_bdlora": "is a BD-LoRA adapter, whose matrices are block-diagonal",
+    "arrow_config": "is an Arrow router over several adapters",
+    "target_parameters": "targets bare parameters (target_parameters, mixtures of experts), not supported yet",
+    "fan_in_fan_out": "stores its base weights transposed (fan_in_fan_out, GPT-2's Conv1D), not supported",
+}
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The part of adapter_config.json that decides what the pairs mean.
+
+    Attributes:
+        raw: the whole object, as it was read.
+    """
+
+    path: Path
+    raw: Mapping[str, Any]
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, float]
+    alpha_pattern: Mapping[str, float]
+    base_model_name: str | None
+    invocation_tokens: tuple[int, ...]
+
+    def rank(self, module: str) -> int:
+        """The rank that the configuration gives a module."""
+        return int(self._patterned(self.rank_pattern, module, self.r))
+
+    def scaling(self, module: str, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA, for a module whose pair has rank `rank`."""
+        alpha = self._patterned(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def _patterned(self, patterns: Mapping[str, float], module: str, default: float) -> float:
+        """The value of the first pattern, in file order, that PEFT would find to match `module`."""
+        for pattern, value in patterns.items():
+            if _matches(pattern, module, self.path):
+                return value
+        return default
+
+
+def _matches(pattern: str, module: str, path: Path) -> bool:
+    """PEFT's rule, `(.*\\.)?(pattern)$` from the start, with an end to the patience.
+
+    Raises:
+        FormatError: the pattern is no regular expression, or needs more than a second.
+    """
+    whole = rf"(.*\.)?({pattern})$"
+    if _PLAIN_NAME.fullmatch(pattern):
+        return re.match(whole, module) is not None
+    try:
+        return regex.match(whole, module, timeout=_MATCH_SECONDS) is not None
+    except TimeoutError:
+        raise FormatError(
+            f"the pattern {pattern[:100]!r} backtracks without end on {module[:100]!r}; write the module's name "
+            f"instead",
+            file=path,
+        ) from None
+
+
+def parse_peft_config(raw: Mapping[str, Any], path: Path) -> PeftConfig:
+    """Checks a parsed adapter_config.json.
+
+    Raises:
+        FormatError: a value has the wrong type or is out of range.
+        UnsupportedError: the adapter is not, or not only, plain LoRA pairs.
+    """
+    _refuse_what_is_more_than_pairs(raw, path)
+    alpha = _number(raw, "lora_alpha", 8, path)
+    rank = raw.get("r", 8)
+    if type(rank) is not int or not 0 < rank < 1 << 20:
+        raise FormatError(f"r is {rank!r}, expected a positive whole number", file=path)
+    name = raw.get("base_model_name_or_path")
+    return PeftConfig(
+        path=path,
+        raw=raw,
+        r=rank,
+        lora_alpha=alpha,
+        use_rslora=_flag(raw, "use_rslora", path),
+        rank_pattern=_patterns(raw, "rank_pattern", path),
+        alpha_pattern=_patterns(raw, "alpha_pattern", path),
+        base_model_name=name if isinstance(name, str) and name else None,
+        invocation_tokens=_tokens(raw.get("alora_invocation_tokens"), path),
+    )
+
+
+def _refuse_what_is_more_than_pairs(raw: Mapping[str, Any], path: Path) -> None:
+    kind = raw.get("peft_type")
+    if kind is None and "lora_parameters" in raw:
+        raise UnsupportedError("is an MLX adapter; only PEFT adapters are read so far", file=path)
+    if kind != "LORA":
+        raise UnsupportedError(f"peft_type is {kind!r}; only LORA adapters can be read", file=path)
+    for switch, what in _REFUSED_SWITCHES.items():
+        if raw.get(switch):
+            raise UnsupportedError(what, file=path)
+    init = raw.get("init_lora_weights", True)
+    if not isinstance(init, str | bool | None) or init not in _HARMLESS_INITS:
+        raise UnsupportedError(
+            f"was initialised with {init!r}, which changes the base model, so that it fits no published one; save "
+            f"it converted (PEFT: path_initial_model_for_weight_conversion) and try again",
+            file=path,
+        )
+
+
+def _number(raw: Mapping[str, Any], key: str, default: float, path: Path) -> float:
+    value = raw.get(key, default)
+    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > 1e30:
+        raise FormatError(f"{key} is {value!r}, expected a number", file=path)
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], key: str, path: Path) -> bool:
+    value = raw.get(key)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise FormatError(f"{key} is {value!r}, expected true or false", file=path)
+    return value
+
+
+def _patterns(raw: Mapping[str, Any], key: str, path: Path) -> dict[str, float]:
+    table = raw.get(key)
+    if table is None:
+        return {}
+    if not isinstance(table, dict):
+        raise FormatError(f"{key} is no object of patterns", file=path)
+    for pattern in table:
+        if len(pattern) > _MAX_PATTERN:
+            raise FormatError(f"{key} has a pattern of {len(pattern)} characters", file=path)
+        try:
+            re.compile(pattern)
+            regex.compile(pattern)
+        except (re.error, regex.error, OverflowError, RecursionError) as error:
+            raise FormatError(f"{key}: {pattern[:100]!r} is no regular expression: {error}", file=path) from None
+    return {pattern: _number(table, pattern, 0, path) for pattern in table}
+
+
+def _tokens(value: Any, path: Path) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(type(token) is int and 0 <= token < 1 << 32 for token in value):
+        raise FormatError("alora_invocation_tokens is no list of tokens", file=path)
+    return tuple(value)

@@ -1,0 +1,11 @@
+"""Architectures: how a family's Hugging Face tensors become llama.cpp's, and back.
+
+One module per family, each a table entry; nothing here branches on a family's name. To add one, write its
+`Architecture` and list it in `registry`.
+"""
+
+from converters.architectures.registry import KNOWN, architecture_of
+from converters.architectures.table import Architecture, Rule
+from converters.architectures.transforms import HeadCounts
+
+__all__ = ["KNOWN", "Architecture", "HeadCounts", "Rule", "architecture_of"]

@@ -1,0 +1,228 @@
+"""Outputs that appear whole or not at all.
+
+A file or directory is written beside its target under a fixed, recognisable name, flushed to the device and
+renamed. Whatever goes wrong, the target stays as it was; after a SIGKILL a temporary may remain, which the
+next run with the same target removes. A lock tells a dead temporary from one that is being written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from converters.errors import OutputPathError, WriteError
+
+_SUFFIX = ".safelora-gguf.tmp"
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Whether something may be written there; to be called before any work is done.
+
+    Raises:
+        OutputPathError: it exists and `force` is not set, or its parent is no writable directory.
+    """
+    if target.is_symlink() and not target.exists():
+        raise OutputPathError("is a link to nowhere; remove it or choose another name", file=target)
+    if target.exists() and not force:
+        raise OutputPathError("exists already; choose another name or pass --force", file=target)
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputPathError(f"can't be written: {parent} is no directory", file=target)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputPathError(f"can't be written: no permission to write in {parent}", file=target)
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path, *, force: bool) -> Iterator[BinaryIO]:
+    """A stream whose contents become `target` when the block ends without an exception.
+
+    Raises:
+        OutputPathError: the target is unusable, or another process writes it now.
+        WriteError: the device is full or fails.
+    """
+    target = _resolved(target)
+    if target.is_dir():
+        raise OutputPathError("is a directory, expected a file name", file=target)
+    check_target(target, force=force)
+    with _write_errors(target), _made_parents(target.parent):
+        temporary = _temporary(target)
+        _remove_stale(temporary, target)
+        opened = temporary.open("xb")
+        try:
+            with opened as file, _locked(temporary, target):
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            _publish_file(temporary, target, force=force)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _flush_directory(target.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path, *, force: bool) -> Iterator[Path]:
+    """An empty directory whose contents become `target` when the block ends without an exception.
+
+    With `force` an existing directory is swapped whole: what it held is gone, in one step where the system
+    can exchange two names.
+
+    Raises:
+        OutputPathError, WriteError: as for `atomic_file`.
+    """
+    target = _resolved(target)
+    if target.exists() and not target.is_dir():
+        raise OutputPathError("is a file, expected the name of a directory", file=target)
+    check_target(target, force=force)
+    with _write_errors(target), _made_parents(target.parent):
+        temporary = _temporary(target)
+        _remove_stale(temporary, target)
+        temporary.mkdir()
+        try:
+            with _locked(temporary, target):
+                yield temporary
+                for file in sorted(temporary.iterdir()):
+                    _flush_file(file)
+                _flush_directory(temporary)
+            _publish_directory(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _flush_directory(target.parent)
+
+
+def _resolved(target: Path) -> Path:
+    """The absolute target; a link to something that exists is followed, so that the link itself stays."""
+    return target.resolve() if target.is_symlink() and target.exists() else target.absolute()
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}{_SUFFIX}")
+
+
+@contextlib.contextmanager
+def _write_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        if error.errno in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.EEXIST,
+            errno.ENAMETOOLONG,
+            errno.ENOTDIR,
+        ):
+            raise OutputPathError(f"can't be written: {reason}", file=target) from error
+        raise WriteError(f"writing failed: {reason}; nothing was left behind", file=target) from error
+
+
+@contextlib.contextmanager
+def _made_parents(parent: Path) -> Iterator[None]:
+    """Makes missing parents, and takes those it made away again when the block fails."""
+    missing = []
+    while not parent.exists():
+        missing.append(parent)
+        parent = parent.parent
+    for directory in reversed(missing):
+        directory.mkdir()
+    try:
+        yield
+    except BaseException:
+        for directory in missing:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+        raise
+
+
+def _remove_stale(temporary: Path, target: Path) -> None:
+    """Removes what a killed run left; a temporary that is locked belongs to a living one."""
+    if not temporary.exists() and not temporary.is_symlink():
+        return
+    if temporary.is_symlink():
+        temporary.unlink()
+        return
+    with _locked(temporary, target):
+        pass
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
+    else:
+        temporary.unlink()
+
+
+@contextlib.contextmanager
+def _locked(temporary: Path, target: Path) -> Iterator[None]:
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise OutputPathError("is being written by another process right now", file=target) from None
+    finally:
+        os.close(descriptor)
+
+
+def _publish_file(temporary: Path, target: Path, *, force: bool) -> None:
+    if force:
+        temporary.replace(target)
+        return
+    try:
+        os.link(temporary, target)  # unlike a rename, never replaces what appeared in the meantime
+    except FileExistsError:
+        raise OutputPathError("appeared while it was being made; nothing was overwritten", file=target) from None
+    except OSError:  # a file system without hard links
+        check_target(target, force=False)
+        temporary.replace(target)
+        return
+    temporary.unlink()
+
+
+def _publish_directory(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        temporary.rename(target)
+    elif not _exchange(temporary, target):
+        aside = target.with_name(f".{target.name}.old{_SUFFIX}")
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+        temporary.rename(target)
+        shutil.rmtree(aside)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swaps two names in one step (Linux's renameat2); False where that can't be done."""
+    if not sys.platform.startswith("linux"):
+        return False
+    function = getattr(ctypes.CDLL(None), "renameat2", None)
+    if function is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(function(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
+
+
+def _flush_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_directory(path: Path) -> None:
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,152 @@
+"""A Hugging Face model on disk: config.json plus safetensors, in one file or in shards with an index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.errors import FileMissingError, FormatError, UnsupportedError
+from converters.paths import existing, read_json_object
+from converters.safetensors_file import SafetensorsFile
+from converters.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """A model's configuration and tensors (a `TensorSource`); data is read on demand, one tensor at a time.
+
+    Attributes:
+        path: the directory or file that the user named.
+        format: always "safetensors".
+        config: the parsed config.json.
+        files: the safetensors files, in order of their names.
+    """
+
+    format = "safetensors"
+
+    def __init__(self, path: Path, config_file: Path, files: list[Path], index: Mapping[str, str] | None) -> None:
+        self.path = path
+        self.config_file = config_file
+        self.config: dict[str, Any] = read_json_object(config_file, "the model's config.json")
+        self.files = [SafetensorsFile(file) for file in files]
+        self._owner = self._assign_owners(index)
+
+    @cached_property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return {name: file.infos[name] for name, file in self._owner.items()}
+
+    def load(self, name: str) -> torch.Tensor:
+        return self._owner[name].load(name)
+
+    def prefetch(self, name: str) -> None:
+        self._owner[name].prefetch(name)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all tensor files."""
+        return sum(file.path.stat().st_size for file in self.files)
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor, for error messages."""
+        return self._owner[name].path
+
+    @cached_property
+    def architecture_class(self) -> str:
+        """The class named in config.json, such as LlamaForCausalLM.
+
+        Raises:
+            FormatError: config.json names none.
+        """
+        classes = self.config.get("architectures")
+        if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
+            raise FormatError(
+                'has no "architectures": ["..."], so nobody can tell how its tensors are laid out; '
+                "take config.json from the model's original repository",
+                file=self.config_file,
+            )
+        return classes[0]
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output matrix is the embedding matrix, so that no tensor of its own exists."""
+        return not any(name.endswith("lm_head.weight") for name in self.infos)
+
+    def _assign_owners(self, index: Mapping[str, str] | None) -> dict[str, SafetensorsFile]:
+        by_name = {file.path.name: file for file in self.files}
+        if index is None:
+            return {name: file for file in self.files for name in file.infos}
+        owner = {}
+        for tensor, shard in index.items():
+            if tensor not in by_name[shard].infos:
+                raise FormatError(f"the index says this tensor is in {shard}, which lacks it", tensor=tensor,
+                                  file=self.path)  # fmt: skip
+            owner[tensor] = by_name[shard]
+        return owner
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a model directory or a single .safetensors file with config.json beside it.
+
+    Reads all headers; no tensor data.
+
+    Raises:
+        FileMissingError: the model, its config.json or a shard is missing.
+        FormatError: a header, the index or config.json is damaged.
+        UnsupportedError: the directory holds weights in another format only.
+    """
+    found = existing(path, "the model")
+    if found.is_dir():
+        files, index = _directory_files(found)
+        return Checkpoint(found, found / "config.json", files, index)
+    if found.suffix == ".gguf":
+        raise UnsupportedError("is a GGUF file; references are read from safetensors so far", file=found)
+    if found.suffix != ".safetensors":
+        raise UnsupportedError("is neither a model directory nor a .safetensors file", file=found)
+    return Checkpoint(found, found.parent / "config.json", [found], None)
+
+
+def _directory_files(directory: Path) -> tuple[list[Path], Mapping[str, str] | None]:
+    if (directory / _INDEX).exists():
+        index = _read_index(directory)
+        return [directory / name for name in sorted(set(index.values()))], index
+    if (directory / _SINGLE).exists():
+        return [directory / _SINGLE], None
+    others = sorted(file for file in directory.glob("*.safetensors") if not file.name.startswith("adapter_"))
+    if len(others) == 1:
+        return others, None
+    if (directory / "adapter_config.json").exists():
+        raise UnsupportedError("is an adapter, expected a model", file=directory)
+    if any(directory.glob("*.bin")):
+        raise UnsupportedError(
+            "holds weights as pickle (.bin) only, which can run code when opened; convert them to safetensors "
+            "first, with the model's own save_pretrained",
+            file=directory,
+        )
+    what = f"{len(others)} .safetensors files and no index" if others else f"neither {_SINGLE} nor {_INDEX}"
+    raise FileMissingError(f"holds {what}", file=directory)
+
+
+def _read_index(directory: Path) -> Mapping[str, str]:
+    file = directory / _INDEX
+    table = read_json_object(file, "the index").get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise FormatError("has no weight_map of tensors and their shards", file=file)
+    for tensor, shard in table.items():
+        # Only the text is judged: in download caches the shards themselves are links to other places.
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or shard != Path(shard).name:
+            raise FormatError(
+                f"names the shard {str(shard)[:200]!r}, expected the name of a .safetensors file in this directory",
+                file=file,
+                tensor=tensor,
+            )
+    for shard in sorted(set(table.values())):
+        if not (directory / shard).exists():
+            raise FileMissingError(f"the index names the shard {shard}, which is missing", file=directory)
+    return table

@@ -1,0 +1,110 @@
+"""The GGUF format, version 3, little-endian: a writer that streams.
+
+The `gguf` package's writer keeps what it is given in memory and writes in place; this one takes typed values
+and a function per tensor, and writes to whatever stream it is given (see `converters.atomic`).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from gguf import GGUFValueType
+
+from converters.ggml import QType, nbytes
+
+_VERSION = 3
+_ALIGNMENT = 32
+_MAX_NAME = 64  # ggml's names live in fixed buffers of this size, the closing zero included
+_SCALARS = {
+    GGUFValueType.UINT32: "<I",
+    GGUFValueType.INT32: "<i",
+    GGUFValueType.FLOAT32: "<f",
+    GGUFValueType.UINT64: "<Q",
+    GGUFValueType.BOOL: "<?",
+}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A typed metadata value; `item` is the type of an array's items."""
+
+    type: GGUFValueType
+    data: Any
+    item: GGUFValueType | None = None
+
+
+def text(value: str) -> Value:
+    return Value(GGUFValueType.STRING, value)
+
+
+def float32(value: float) -> Value:
+    return Value(GGUFValueType.FLOAT32, value)
+
+
+def uint32(value: int) -> Value:
+    return Value(GGUFValueType.UINT32, value)
+
+
+def texts(values: Sequence[str]) -> Value:
+    return Value(GGUFValueType.ARRAY, tuple(values), GGUFValueType.STRING)
+
+
+def uint32s(values: Sequence[int]) -> Value:
+    return Value(GGUFValueType.ARRAY, tuple(values), GGUFValueType.UINT32)
+
+
+@dataclass(frozen=True)
+class TensorOut:
+    """A tensor to write: its shape outermost dimension first, and what gives its stored bytes when asked."""
+
+    name: str
+    shape: tuple[int, ...]
+    qtype: QType
+    data: Callable[[], bytes]
+
+
+def write_gguf(file: BinaryIO, metadata: Sequence[tuple[str, Value]], tensors: Sequence[TensorOut]) -> None:
+    """Writes a whole GGUF file in a stream: header, metadata in the given order, then tensor after tensor."""
+    header = struct.pack("<4sIQQ", b"GGUF", _VERSION, len(tensors), len(metadata))
+    header += b"".join(_string(key) + struct.pack("<I", value.type) + _value(value) for key, value in metadata)
+    offset = 0
+    for tensor in tensors:
+        header += _tensor_info(tensor, offset)
+        offset += _padded(nbytes(tensor.shape, tensor.qtype))
+    file.write(header.ljust(_padded(len(header)), b"\0"))
+    for tensor in tensors:
+        data = tensor.data()
+        expected = nbytes(tensor.shape, tensor.qtype)
+        assert len(data) == expected, f"{tensor.name}: {len(data)} bytes given, {expected} announced"
+        file.write(data)
+        file.write(b"\0" * (_padded(expected) - expected))
+
+
+def _tensor_info(tensor: TensorOut, offset: int) -> bytes:
+    assert len(tensor.name.encode()) < _MAX_NAME, f"{tensor.name}: longer than ggml's names"
+    shape = tensor.shape[::-1]  # GGUF counts dimensions from the innermost
+    form = f"<I{len(shape)}QIQ"
+    return _string(tensor.name) + struct.pack(form, len(shape), *shape, tensor.qtype, offset)
+
+
+def _value(value: Value) -> bytes:
+    if value.item is None:
+        return _item(value.type, value.data)
+    items = b"".join(_item(value.item, item) for item in value.data)
+    return struct.pack("<IQ", value.item, len(value.data)) + items
+
+
+def _item(kind: GGUFValueType, data: Any) -> bytes:
+    return _string(data) if kind == GGUFValueType.STRING else struct.pack(_SCALARS[kind], data)
+
+
+def _string(value: str) -> bytes:
+    data = value.encode("utf-8", "replace")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,46 @@
+"""What every format comes down to: named tensors whose headers are known before any data is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as its file's header describes it.
+
+    Attributes:
+        name: the name in the file.
+        shape: outermost dimension first, as in torch: a weight is (out, in).
+        dtype: the type's name in safetensors' spelling (F32, F16, BF16, ...).
+        nbytes: the size of the data in the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+
+class TensorSource(Protocol):
+    """Named tensors that are read one at a time."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """All tensors by name, from headers alone."""
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU in its stored floating type. May share the file's pages: not to be changed."""
+
+    def prefetch(self, name: str) -> None:
+        """Asks the system to read this tensor's pages soon; returns at once."""

@@ -1,0 +1,49 @@
+"""Keep fine-tuned local models refusing what they should: Safe LoRA for the llama.cpp/GGUF ecosystem.
+
+The functions here do what the commands of the same names do, and return report objects:
+
+    from safelora_gguf import project_adapter
+    report = project_adapter(base, aligned, adapter, "safe.gguf")
+    print(report.projected, "of", report.total, "modules projected")
+
+Nothing heavy is imported until one of them is looked up.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from safelora_gguf._version import __version__
+
+if TYPE_CHECKING:
+    from converters.errors import Error
+    from safelora_gguf.project import project_adapter
+    from safelora_gguf.report import ProjectReport
+    from safelora_gguf.selection import Selection
+    from safelora_gguf.smoke import SmokeReport, smoke_test
+
+_HOMES = {
+    "Error": "converters.errors",
+    "ProjectReport": "safelora_gguf.report",
+    "Selection": "safelora_gguf.selection",
+    "SmokeReport": "safelora_gguf.smoke",
+    "project_adapter": "safelora_gguf.project",
+    "smoke_test": "safelora_gguf.smoke",
+}
+
+__all__ = [
+    "Error",
+    "ProjectReport",
+    "Selection",
+    "SmokeReport",
+    "__version__",
+    "project_adapter",
+    "smoke_test",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,270 @@
+"""Safe LoRA from files to files: references and adapter in, a repaired adapter and a report out.
+
+Everything is checked from headers first. Then each module is scored on the untouched adapter, one weight of
+each reference in memory at a time; then modules are chosen; then the adapter is written. The work is done in
+the row order of the inputs, and only the small pairs are brought into the output's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from converters.adapters.output import AdapterOutput, Fact, Origin, plan_output
+from converters.adapters.peft import PeftAdapter, open_peft
+from converters.adapters.storing import Rounding
+from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.errors import MismatchError, UsageError
+from converters.fingerprint import fingerprint
+from safelora_gguf._version import __version__
+from safelora_gguf.device import exact_float32, resolve_device
+from safelora_gguf.pairing import Triple, pair_up
+from safelora_gguf.projection import blend
+from safelora_gguf.report import InputReport, ModuleReport, OutputReport, ProjectReport
+from safelora_gguf.scoring import Operator, Progress, Score, Scorer, norm_of
+from safelora_gguf.selection import Selection, select
+
+_PAPER_THRESHOLD = 0.35
+_SUBSPACE_RANK = 6
+_LARGE_ERROR = 0.05
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What is done to an adapter, apart from files.
+
+    Attributes:
+        operator: `paper` (C = V V^T / ||V||_F) or `subspace` (P_k = U_k U_k^T).
+        rank: k of the subspace operator.
+        selection: which modules; by default the paper's threshold 0.35, or all for `subspace`, whose cosines
+            are small by construction.
+        strength: B becomes (1 - strength) B + strength P B.
+    """
+
+    operator: Operator = "paper"
+    rank: int | None = None
+    selection: Selection | None = None
+    strength: float = 1.0
+    k: int = field(init=False)
+    rule: Selection = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Fills in the defaults.
+
+        Raises:
+            UsageError: options out of range, or that exclude each other.
+        """
+        if self.operator not in ("paper", "subspace"):
+            raise UsageError(f"unknown operator {self.operator!r}; expected paper or subspace")
+        if self.rank is not None and (self.operator == "paper" or self.rank < 1):
+            raise UsageError("rank is for --operator subspace, and at least 1")
+        if not 0 < self.strength <= 1:
+            raise UsageError(f"strength is {self.strength:g}, expected more than 0 and at most 1")
+        default = Selection("threshold", _PAPER_THRESHOLD) if self.operator == "paper" else Selection("all")
+        object.__setattr__(self, "k", self.rank or _SUBSPACE_RANK)
+        object.__setattr__(self, "rule", self.selection or default)
+
+
+def project_adapter(
+    base: str | Path,
+    aligned: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    operator: Operator = "paper",
+    rank: int | None = None,
+    selection: Selection | None = None,
+    strength: float = 1.0,
+    outtype: str = "f32",
+    to: Literal["gguf", "peft"] | None = None,
+    device: str = "auto",
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> ProjectReport:
+    """Projects a LoRA adapter onto a model's alignment and writes the result.
+
+    Args:
+        base: the model before its alignment, a directory or a .safetensors file.
+        aligned: the model after it, on which the adapter was trained.
+        adapter: a PEFT directory.
+        out: a file ending in .gguf, or a directory for PEFT (with `to="gguf"`: in which a GGUF file gets its
+            conventional name).
+        operator, rank, selection, strength: see `Projection`.
+        outtype: f32, f16, bf16 or (GGUF only) q8_0.
+        device: auto, cpu, cuda, cuda:N or mps.
+        force: replace an existing output.
+        dry_run: check all headers, compute and write nothing.
+        progress: called with (bytes done, bytes in all, next module) as the references are read.
+
+    Returns:
+        The report; its `to_json()` is what the command line prints with --json.
+
+    Raises:
+        UsageError: options that make no sense.
+        InputError: a file or an output path that cannot be used; nothing was written.
+        WriteError: the disk is full or fails; nothing partial was left.
+    """
+    projection = Projection(operator, rank, selection, strength)
+    where = resolve_device(device)
+    references = open_checkpoint(base), open_checkpoint(aligned)
+    source = open_peft(adapter)
+    triples = pair_up(*references, source)
+    _check_rank(projection, triples)
+    output = plan_output(Path(out), source, references[1], outtype=outtype, to=to, label="SafeLoRA", force=force)
+    run = _Run(projection, output, source, triples, outtype, _describe_inputs(*references, source))
+    if dry_run:
+        return run.report({}, frozenset(), None)
+    with exact_float32(), torch.inference_mode():
+        scorer = Scorer(*references, source, projection.operator, projection.k, where)
+        scores = scorer.score_all(triples, progress)
+        if all(score.alignment_norm == 0 for score in scores.values()):
+            raise MismatchError(
+                f"holds the same weights as the base {references[0].path} wherever the adapter acts; the aligned "
+                f"model must differ from the base",
+                file=references[1].path,
+            )
+        chosen = select({name: score.cosine for name, score in scores.items()}, projection.rule)
+        roundings = run.write(scores, chosen)
+    return run.report(scores, chosen, roundings)
+
+
+def _check_rank(projection: Projection, triples: Sequence[Triple]) -> None:
+    for triple in triples:
+        if projection.operator == "subspace" and projection.k > min(triple.pair.shape):
+            raise UsageError(f"rank {projection.k} is more than {triple.pair.module} has: {min(triple.pair.shape)}")
+
+
+def _describe_inputs(base: Checkpoint, aligned: Checkpoint, adapter: PeftAdapter) -> tuple[InputReport, ...]:
+    models = [
+        InputReport(role, str(model.path), model.format, model.nbytes, fingerprint(model.files))
+        for role, model in (("base", base), ("aligned", aligned))
+    ]
+    own = InputReport("adapter", str(adapter.path), adapter.format, adapter.nbytes, adapter.fingerprint())
+    return (*models, own)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One projection between its checks and its report."""
+
+    projection: Projection
+    output: AdapterOutput
+    adapter: PeftAdapter
+    triples: Sequence[Triple]
+    outtype: str
+    inputs: tuple[InputReport, ...]
+
+    def write(self, scores: Mapping[str, Score], chosen: Collection[str]) -> Mapping[str, Rounding]:
+        def load(module: str) -> tuple[torch.Tensor, torch.Tensor]:
+            a, b = self.adapter.load(module)
+            return a.float(), self._new_b(b.float(), module, scores[module], module in chosen)
+
+        names = [self._name(triple) for triple in self.triples if triple.pair.module in chosen]
+        return self.output.write(load, self._origin(names))
+
+    def report(
+        self, scores: Mapping[str, Score], chosen: Collection[str], roundings: Mapping[str, Rounding] | None
+    ) -> ProjectReport:
+        modules = [
+            self._module(triple, scores.get(triple.pair.module), chosen, (roundings or {}).get(triple.pair.module))
+            for triple in self.triples
+        ]
+        written = None if roundings is None else OutputReport.of(self.output.target, self.output.tensor_file)
+        return ProjectReport(
+            operator=self.projection.operator,
+            subspace_rank=self.projection.k if self.projection.operator == "subspace" else None,
+            selection={"mode": self.projection.rule.mode, "value": self.projection.rule.value},
+            strength=self.projection.strength,
+            outtype=self.outtype,
+            modules=tuple(modules),
+            inputs=self.inputs,
+            output=written,
+            notes=self._notes(scores, chosen, roundings or {}),
+            planned_output=(str(self.output.target), self.output.planned_bytes()),
+        )
+
+    def _new_b(self, b: torch.Tensor, module: str, score: Score, projected: bool) -> torch.Tensor:
+        if not projected or score.projected_b is None:
+            return b
+        return blend(b, score.projected_b, self.projection.strength)
+
+    def _module(
+        self, triple: Triple, score: Score | None, chosen: Collection[str], rounding: Rounding | None
+    ) -> ModuleReport:
+        pair = triple.pair
+        projected = pair.module in chosen
+        before = after = None
+        if score is not None:
+            before = after = pair.scaling * score.delta_norm
+            if projected:
+                b = self._new_b(self.adapter.load(pair.module)[1].float(), pair.module, score, projected)
+                after = pair.scaling * norm_of(b, score)
+        return ModuleReport(
+            name=self._name(triple),
+            shape=pair.shape,
+            rank=pair.rank,
+            cosine=score.cosine if score else None,
+            projected=projected,
+            alignment_norm=score.alignment_norm if score else None,
+            delta_norm=None if before is None else abs(before),
+            delta_norm_after=None if after is None else abs(after),
+            stored_error=rounding.error if rounding else None,
+        )
+
+    def _name(self, triple: Triple) -> str:
+        return self.output.name_of(triple.pair.module) or f"base_model.model.{triple.pair.key}"
+
+    def _notes(
+        self, scores: Mapping[str, Score], chosen: Collection[str], roundings: Mapping[str, Rounding]
+    ) -> tuple[str, ...]:
+        notes = []
+        for triple in self.triples:
+            module, name = triple.pair.module, self._name(triple)
+            if module in scores and scores[module].note:
+                notes.append(f"{name}: {scores[module].note}")
+            if module in roundings:
+                notes += [f"{name}: {note}" for note in _rounding_notes(roundings[module], self.outtype)]
+        scored = sum(score.cosine is not None for score in scores.values())
+        rule = self.projection.rule
+        if scores and rule.mode == "number" and rule.value is not None and rule.value > scored:
+            notes.append(f"number {rule.value:g} is more than the {scored} modules with a cosine: all were projected")
+        if scores and not chosen:
+            notes.append("no module was selected: the output is the adapter as it was")
+        return tuple(notes)
+
+    def _origin(self, projected: Sequence[str]) -> Origin:
+        projection, rule = self.projection, self.projection.rule
+        facts: dict[str, Fact] = {
+            "safelora.version": __version__,
+            "safelora.operator": projection.operator,
+            "safelora.selection.mode": rule.mode,
+            "safelora.strength": float(projection.strength),
+            "safelora.modules.projected": tuple(projected),
+            "safelora.modules.total": len(self.triples),
+        }
+        if rule.value is not None:
+            facts["safelora.selection.value"] = float(rule.value)
+        if projection.operator == "subspace":
+            facts["safelora.rank"] = projection.k
+        for item in self.inputs:
+            facts[f"safelora.{item.role}.name"] = Path(item.path).resolve().name
+            facts[f"safelora.{item.role}.fingerprint"] = item.fingerprint
+        description = (
+            f"A LoRA adapter projected onto its model's alignment with Safe LoRA (arXiv 2405.16833): "
+            f"{len(projected)} of {len(self.triples)} modules changed. Measure what it refuses before relying on it."
+        )
+        return Origin("Safe LoRA", description, ("lora", "safe-lora", "safelora-gguf"), facts)
+
+
+def _rounding_notes(rounding: Rounding, outtype: str) -> list[str]:
+    notes = []
+    if outtype == "q8_0" and any(kind.name != "Q8_0" for kind in rounding.types):
+        notes.append(f"stored as {rounding.types[0].name} and {rounding.types[1].name}: Q8_0 needs rows of 32")
+    if rounding.error > _LARGE_ERROR:
+        notes.append(f"storing it as {outtype} changed it by {rounding.error:.1%}; use --outtype f32")
+    return notes

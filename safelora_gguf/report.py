@@ -1,0 +1,158 @@
+"""What a run found, as data; and the JSON that data becomes. How it looks on a terminal is `safelora_gguf.tables`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.atomic import atomic_file
+from converters.fingerprint import sha256_file
+from safelora_gguf._version import __version__
+
+
+@dataclass(frozen=True)
+class InputReport:
+    """An input as the report names it.
+
+    Attributes:
+        role: base, aligned, adapter, model.
+        fingerprint: see `converters.fingerprint`.
+    """
+
+    role: str
+    path: str
+    format: str
+    bytes: int
+    fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class OutputReport:
+    """What was written.
+
+    Attributes:
+        sha256: of the file; of a directory's tensor file.
+    """
+
+    path: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, tensor_file: Path) -> OutputReport:
+        return cls(str(path), tensor_file.stat().st_size, sha256_file(tensor_file))
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One adapted weight before and after.
+
+    Attributes:
+        name: the GGUF tensor where the architecture is known, else the PEFT key.
+        shape: (out, in) of the weight.
+        cosine: cos(P dW, dW) on the untouched adapter; None where there is no angle.
+        alignment_norm: ||V||_F.
+        delta_norm, delta_norm_after: ||scaling B A||_F.
+        snr: signal to noise of V; None where both references are exact.
+        stored_error: ||stored delta - delta|| / ||delta||; None when nothing was written.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    cosine: float | None
+    projected: bool
+    alignment_norm: float | None
+    delta_norm: float | None
+    delta_norm_after: float | None
+    snr: float | None = None
+    stored_error: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class ProjectReport:
+    """The result of `project`.
+
+    Attributes:
+        selection: {"mode": ..., "value": ...}.
+        output: None after a dry run.
+        notes: whatever a careful reader should know, one sentence each.
+        planned_output: where the output would go or went, and its size in bytes.
+    """
+
+    operator: str
+    subspace_rank: int | None
+    selection: Mapping[str, Any]
+    strength: float
+    outtype: str
+    modules: tuple[ModuleReport, ...]
+    inputs: tuple[InputReport, ...]
+    output: OutputReport | None
+    notes: tuple[str, ...]
+    planned_output: tuple[str, int]
+
+    @property
+    def projected(self) -> int:
+        return sum(module.projected for module in self.modules)
+
+    @property
+    def total(self) -> int:
+        return len(self.modules)
+
+    @property
+    def norm_ratio(self) -> float | None:
+        """The written adapter's total norm over the original one's: what plain scaling would have to match."""
+        before = sum((module.delta_norm or 0.0) ** 2 for module in self.modules)
+        after = sum((module.delta_norm_after or 0.0) ** 2 for module in self.modules)
+        return (after / before) ** 0.5 if before > 0 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that the command line contract describes."""
+        result: dict[str, Any] = {
+            "command": "project",
+            "version": __version__,
+            "inputs": [item.to_json() for item in self.inputs],
+            "operator": self.operator,
+            "rank": self.subspace_rank,
+            "selection": dict(self.selection),
+            "strength": self.strength,
+            "outtype": self.outtype,
+            "projected": self.projected,
+            "total": self.total,
+            "norm_ratio": self.norm_ratio,
+            "modules": [module.to_json() for module in self.modules],
+            "notes": list(self.notes),
+        }
+        if self.output is None:
+            path, size = self.planned_output
+            result["planned_output"] = {"path": path, "bytes": size}
+        else:
+            result["output"] = self.output.to_json()
+        return result
+
+
+def dump_json(data: Mapping[str, Any]) -> str:
+    """One JSON object, readable, with nothing in it that isn't JSON (NaN, Infinity)."""
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json_report(target: Path, data: Mapping[str, Any], *, force: bool) -> None:
+    """Writes a report file, whole or not at all.
+
+    Raises:
+        OutputPathError, WriteError: see `converters.atomic`.
+    """
+    with atomic_file(target, force=force) as file:
+        file.write(dump_json(data).encode("utf-8", "replace"))

@@ -1,0 +1,141 @@
+"""Scores every module of an adapter against its references, one weight in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from converters.adapters.lora import LoraAdapter
+from converters.checkpoint import Checkpoint
+from converters.errors import FormatError
+from converters.products import gram, norm
+from safelora_gguf.low_rank import leading_subspace
+from safelora_gguf.pairing import Triple
+from safelora_gguf.projection import (
+    alignment_matrix,
+    cosine,
+    frobenius_norm,
+    paper_operator,
+    subspace_operator,
+)
+
+Operator = Literal["paper", "subspace"]
+Progress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all, and the module that comes next."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one module's weights say.
+
+    Attributes:
+        cosine: cos(P dW, dW); None where there is no angle, and `note` says why.
+        alignment_norm: ||V||_F.
+        delta_norm: ||B A||_F, the module's scaling left out.
+        projected_b: P B (out, r) in float32 on the CPU.
+        gram_a: A A^T (r, r) in float64.
+    """
+
+    cosine: float | None
+    alignment_norm: float
+    delta_norm: float
+    projected_b: torch.Tensor | None
+    gram_a: torch.Tensor
+    note: str | None = None
+
+
+def norm_of(b: torch.Tensor, score: Score) -> float:
+    """||B A||_F for another B (out, r) of the scored module."""
+    return norm(b, score.gram_a)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores modules on the untouched adapter.
+
+    Attributes:
+        k: rank of the subspace operator.
+        device: where weights are subtracted and multiplied.
+    """
+
+    base: Checkpoint
+    aligned: Checkpoint
+    adapter: LoraAdapter
+    operator: Operator
+    k: int
+    device: torch.device
+
+    def score_all(self, triples: Sequence[Triple], progress: Progress | None) -> dict[str, Score]:
+        """Scores by module.
+
+        Raises:
+            FormatError: NaN or Inf in a weight or a pair.
+            UnsupportedError: a weight in a type that isn't a float.
+        """
+        sizes = [self._nbytes(triple) for triple in triples]
+        scores = {}
+        for place, triple in enumerate(triples):
+            if progress:
+                progress(sum(sizes[:place]), sum(sizes), triple.pair.module)
+            if place + 1 < len(triples):  # the disk reads the next weights while this one is multiplied
+                self._prefetch(triples[place + 1])
+            scores[triple.pair.module] = self.score(triple)
+        if progress:
+            progress(sum(sizes), sum(sizes), "")
+        return scores
+
+    def score(self, triple: Triple) -> Score:
+        """The score of one module; see `score_all`."""
+        a, b = self.adapter.load(triple.pair.module)
+        gram_a = gram(a)
+        delta_norm = norm(b, gram_a)
+        self._check_pair(delta_norm, a, triple)
+        v = self._alignment_matrix(triple)
+        v_norm = frobenius_norm(v)
+        if not math.isfinite(v_norm):
+            raise self._non_finite(triple)
+        if v_norm == 0:
+            note = "base and aligned hold the same weight here: left alone"
+            return Score(None, 0.0, delta_norm, None, gram_a, note)
+        if delta_norm == 0:
+            return Score(None, v_norm, 0.0, None, gram_a, "its update is zero: left alone")
+        b = b.to(self.device, torch.float32)
+        projected = self._project(v, b, v_norm)
+        return Score(cosine(b, projected, gram_a), v_norm, delta_norm, projected.cpu(), gram_a)
+
+    def _project(self, v: torch.Tensor, b: torch.Tensor, v_norm: float) -> torch.Tensor:
+        if self.operator == "paper":
+            return paper_operator(v, b, v_norm)
+        return subspace_operator(leading_subspace(v, self.k).u.to(b.device), b)
+
+    def _alignment_matrix(self, triple: Triple) -> torch.Tensor:
+        """V (out, in) of a weight; of an embedding table its transpose, the map that its pair adds to."""
+        base = self.base.load(triple.base_tensor).to(self.device)
+        aligned = self.aligned.load(triple.aligned_tensor).to(self.device)
+        v = alignment_matrix(aligned, base)
+        return v.T if triple.pair.embedding else v
+
+    def _nbytes(self, triple: Triple) -> int:
+        return self.base.infos[triple.base_tensor].nbytes + self.aligned.infos[triple.aligned_tensor].nbytes
+
+    def _prefetch(self, triple: Triple) -> None:
+        self.base.prefetch(triple.base_tensor)
+        self.aligned.prefetch(triple.aligned_tensor)
+
+    def _check_pair(self, delta_norm: float, a: torch.Tensor, triple: Triple) -> None:
+        if math.isfinite(delta_norm):
+            return
+        half = "lora_B" if bool(torch.isfinite(a).all()) else "lora_A"
+        message = f"{half} holds NaN or Inf: the adapter is broken"
+        raise FormatError(message, file=self.adapter.path, tensor=triple.pair.key)
+
+    def _non_finite(self, triple: Triple) -> FormatError:
+        for model, name in ((self.base, triple.base_tensor), (self.aligned, triple.aligned_tensor)):
+            if not bool(torch.isfinite(model.load(name)).all()):
+                return FormatError("holds NaN or Inf: the model is broken", file=model.file_of(name), tensor=name)
+        message = "minus the base's weight overflows float32"
+        return FormatError(message, file=self.aligned.path, tensor=triple.aligned_tensor)
