@@ -24,8 +24,9 @@ def inner(b: torch.Tensor, c: torch.Tensor, gram_a: torch.Tensor) -> float:
 
 
 def norm(b: torch.Tensor, gram_a: torch.Tensor) -> float:
-    """||B A||_F from B (out, r) and A's Gram matrix (r, r)."""
-    return math.sqrt(max(0.0, inner(b, b, gram_a)))
+    """||B A||_F from B (out, r) and A's Gram matrix (r, r); not a number when an entry is not finite."""
+    square = inner(b, b, gram_a)
+    return 0.0 if square < 0 else math.sqrt(square)  # rounding can leave a small negative; max() would hide a NaN
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor, a_stored: torch.Tensor, b_stored: torch.Tensor) -> float:

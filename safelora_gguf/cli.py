@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -129,8 +129,7 @@ def smoke(
     """
 
     def body() -> int:
-        from safelora_gguf.smoke import smoke_test
-        from safelora_gguf.smoke.inputs import split_label, split_scale
+        from safelora_gguf.smoke import smoke_test, split_scale
         from safelora_gguf.terminal import progress_bar, smoke_table
 
         _only_keyword(judge)
@@ -138,7 +137,7 @@ def smoke(
         with progress_bar(unit="prompts", shown=not quiet) as progress:
             result = smoke_test(
                 model, [split_scale(text) for text in adapter or []], prompts=prompts or [],
-                compare=[split_label(text) for text in compare or []], min_refusal=min_refusal,
+                compare=[_split_label(text) for text in compare or []], min_refusal=min_refusal,
                 max_over_refusal=max_over_refusal, max_tokens=max_tokens, threads=threads, gpu_layers=gpu_layers,
                 ctx=ctx, system=system, progress=progress,
             )  # fmt: skip
@@ -186,6 +185,12 @@ def _choice(value: str | None, option: str, allowed: tuple[str | None, ...]) -> 
 def _only_keyword(judges: list[str] | None) -> None:
     for judge in judges or []:
         _choice(judge, "judge", ("keyword",))
+
+
+def _split_label(text: str) -> tuple[str, str | None]:
+    """PATH or PATH=LABEL; a path that exists is never split."""
+    path, separator, label = text.rpartition("=")
+    return (text, None) if not separator or Path(text).exists() else (path, label)
 
 
 def _report_path(report: Path | None, force: bool, out: Path | None = None) -> Path | None:

@@ -8,8 +8,16 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
-from rich.progress import TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -110,8 +118,8 @@ def project_summary(report: ProjectReport) -> list[str]:
         lines = [f"dry run: {report.total} modules would be scored ({how})"]
         return [*lines, f"would write {printable(path)}, {size:,} bytes of tensors as {report.outtype}"]
     ratio = report.norm_ratio
-    size = "" if ratio is None else f"; the update's total norm is {ratio:.1%} of what it was"
-    lines = [f"projected {report.projected} of {report.total} modules ({how}){size}"]
+    left = "" if ratio is None else f"; the update's total norm is {ratio:.1%} of what it was"
+    lines = [f"projected {report.projected} of {report.total} modules ({how}){left}"]
     lines += [f"note: {printable(note)}" for note in report.notes]
     return [*lines, f"wrote {printable(report.output.path)}, {report.output.bytes:,} bytes, {report.outtype}"]
 

@@ -54,7 +54,7 @@ class Sizes:
 def config(sizes: Sizes, architecture: str = "LlamaForCausalLM") -> dict[str, Any]:
     return {
         "architectures": [architecture],
-        "model_type": architecture.split("For")[0].lower(),
+        "model_type": architecture.split("For", 1)[0].lower(),
         "hidden_size": sizes.hidden,
         "intermediate_size": sizes.ffn,
         "num_hidden_layers": sizes.layers,

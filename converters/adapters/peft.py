@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.adapters.lora import LoraPair
-from converters.adapters.peft_config import PeftConfig, parse_peft_config
+from converters.adapters.peft_config import Meaning, PeftConfig, parse_peft_config
 from converters.adapters.storing import PairOut, Rounding, round_pair
 from converters.atomic import atomic_directory
 from converters.errors import FileMissingError, FormatError, UnsupportedError
@@ -52,7 +52,8 @@ class PeftAdapter:
         self.config_bytes = config_bytes
         self._file = file
         self._keys = _pair_keys(file)
-        pairs = {module: self._pair(module, keys) for module, keys in self._keys.items()}
+        meanings = config.meanings([keys.module for keys in self._keys.values()])
+        pairs = {module: self._pair(module, keys, meanings[keys.module]) for module, keys in self._keys.items()}
         self.pairs: Mapping[str, LoraPair] = {name: pairs[name] for name in sorted(pairs, key=natural_order)}
 
     @property
@@ -78,21 +79,19 @@ class PeftAdapter:
     def fingerprint(self) -> str:
         return fingerprint([self._file], extra=self.config_bytes)
 
-    def _pair(self, module: str, keys: _PairKeys) -> LoraPair:
+    def _pair(self, module: str, keys: _PairKeys, meaning: Meaning) -> LoraPair:
         rank, columns = self._matrix(keys.a)
         rows, rank_b = self._matrix(keys.b)
         if rank != rank_b:
             raise FormatError(f"A has rank {rank}, B has rank {rank_b}", file=self._file.path, tensor=keys.b)
-        announced = self.config.rank(keys.module)
-        if rank != announced:
+        if rank != meaning.rank:
             raise FormatError(
-                f"has rank {rank}, and {CONFIG} gives it {announced}: they do not belong together",
+                f"has rank {rank}, and {CONFIG} gives it {meaning.rank}: they do not belong together",
                 file=self._file.path,
                 tensor=keys.a,
             )
-        scaling = self.config.scaling(keys.module, rank)
         shape = (columns, rows) if keys.embedding else (rows, columns)
-        return LoraPair(module, keys.module, rank, scaling, shape, keys.embedding)
+        return LoraPair(module, keys.module, rank, meaning.scaling, shape, keys.embedding)
 
     def _matrix(self, key: str) -> tuple[int, int]:
         shape = self._file.infos[key].shape

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import regex
-
+from converters.adapters.patterns import check_patterns, first_matches
 from converters.errors import FormatError, UnsupportedError
 
-_MATCH_SECONDS = 1.0
-_MAX_PATTERN = 1000
-_PLAIN_NAME = re.compile(r"[\w.\\-]*")
 _HARMLESS_INITS = {None, True, False, "gaussian", "eva", "orthogonal"}
 """Initialisations that leave the base model as it is; the others subtract something from it."""
 
@@ -31,6 +26,18 @@ _REFUSED_SWITCHES = {
     "target_parameters": "targets bare parameters (target_parameters, mixtures of experts), not supported yet",
     "fan_in_fan_out": "stores its base weights transposed (fan_in_fan_out, GPT-2's Conv1D), not supported",
 }
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the configuration says about one module: delta = scaling * B @ A.
+
+    Attributes:
+        scaling: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+    """
+
+    rank: int
+    scaling: float
 
 
 @dataclass(frozen=True)
@@ -51,40 +58,20 @@ class PeftConfig:
     base_model_name: str | None
     invocation_tokens: tuple[int, ...]
 
-    def rank(self, module: str) -> int:
-        """The rank that the configuration gives a module."""
-        return int(self._patterned(self.rank_pattern, module, self.r))
+    def meanings(self, modules: Sequence[str]) -> dict[str, Meaning]:
+        """Rank and scaling by module, by the names that the adapter's own tensors have.
 
-    def scaling(self, module: str, rank: int) -> float:
-        """alpha / r, or alpha / sqrt(r) with rsLoRA, for a module whose pair has rank `rank`."""
-        alpha = self._patterned(self.alpha_pattern, module, self.lora_alpha)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-    def _patterned(self, patterns: Mapping[str, float], module: str, default: float) -> float:
-        """The value of the first pattern, in file order, that PEFT would find to match `module`."""
-        for pattern, value in patterns.items():
-            if _matches(pattern, module, self.path):
-                return value
-        return default
-
-
-def _matches(pattern: str, module: str, path: Path) -> bool:
-    """PEFT's rule, `(.*\\.)?(pattern)$` from the start, with an end to the patience.
-
-    Raises:
-        FormatError: the pattern is no regular expression, or needs more than a second.
-    """
-    whole = rf"(.*\.)?({pattern})$"
-    if _PLAIN_NAME.fullmatch(pattern):
-        return re.match(whole, module) is not None
-    try:
-        return regex.match(whole, module, timeout=_MATCH_SECONDS) is not None
-    except TimeoutError:
-        raise FormatError(
-            f"the pattern {pattern[:100]!r} backtracks without end on {module[:100]!r}; write the module's name "
-            f"instead",
-            file=path,
-        ) from None
+        Raises:
+            FormatError: a pattern backtracks without end.
+        """
+        ranks = first_matches(list(self.rank_pattern), modules, self.path)
+        alphas = first_matches(list(self.alpha_pattern), modules, self.path)
+        meanings = {}
+        for module in modules:
+            rank = int(self.rank_pattern[ranks[module]]) if module in ranks else self.r
+            alpha = self.alpha_pattern[alphas[module]] if module in alphas else self.lora_alpha
+            meanings[module] = Meaning(rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
+        return meanings
 
 
 def parse_peft_config(raw: Mapping[str, Any], path: Path) -> PeftConfig:
@@ -153,15 +140,11 @@ def _patterns(raw: Mapping[str, Any], key: str, path: Path) -> dict[str, float]:
         return {}
     if not isinstance(table, dict):
         raise FormatError(f"{key} is no object of patterns", file=path)
-    for pattern in table:
-        if len(pattern) > _MAX_PATTERN:
-            raise FormatError(f"{key} has a pattern of {len(pattern)} characters", file=path)
-        try:
-            re.compile(pattern)
-            regex.compile(pattern)
-        except (re.error, regex.error, OverflowError, RecursionError) as error:
-            raise FormatError(f"{key}: {pattern[:100]!r} is no regular expression: {error}", file=path) from None
-    return {pattern: _number(table, pattern, 0, path) for pattern in table}
+    check_patterns(table, key, path)
+    values = {pattern: _number(table, pattern, 0, path) for pattern in table}
+    if key == "rank_pattern" and not all(value >= 1 and value == int(value) for value in values.values()):
+        raise FormatError(f"{key} gives a rank that is no positive whole number", file=path)
+    return values
 
 
 def _tokens(value: Any, path: Path) -> tuple[int, ...]:
