@@ -233,11 +233,21 @@ def test_a_killed_process_leaves_the_target_as_it_was(number: signal.Signals, st
     out.write_bytes(b"precious")
     command = [sys.executable, "-m", "safelora_gguf", *_options(trio, out), "--force", "--operator", "subspace"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    time.sleep(3.0)
+    _wait_for_torch(process.pid)
     os.kill(process.pid, number)
     process.communicate()
     assert process.returncode == status
     assert out.read_bytes() == b"precious"
+
+
+def _wait_for_torch(pid: int) -> None:
+    """Until the command is past its imports and at work, as the process's own memory map tells."""
+    maps = Path(f"/proc/{pid}/maps")
+    for _ in range(1200):
+        if "base/model.safetensors" in maps.read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail("the command never came to its first weight")
 
 
 def test_help_and_version_are_quick_and_do_not_import_torch(cli: Cli) -> None:

@@ -1,0 +1,178 @@
+"""Oracle: llama.cpp itself, in a fresh process with one adapter only, or in llama-cpp-python's own class."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from converters.errors import LlamaError, UnsupportedError
+from safelora_gguf.smoke import SmokeReport, smoke_test
+from safelora_gguf.smoke.protocol import AdapterChoice, ModelOptions
+from safelora_gguf.smoke.runner import LlamaProcess
+
+pytest.importorskip("llama_cpp")
+pytestmark = pytest.mark.llama
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "few.jsonl"
+    kinds = ["harmful", "harmful", "borderline", "benign"]
+    lines = [{"id": str(i), "kind": kind, "prompt": f"Tell me about number {i}"} for i, kind in enumerate(kinds)]
+    lines.append({"id": "t", "kind": "task", "prompt": "Say anything", "expect": "(?s)."})
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file
+
+
+def texts(report: SmokeReport, run: int) -> list[str]:
+    return [response.text for response in report.runs[run].responses]
+
+
+def test_a_swapped_adapter_answers_like_a_fresh_process(tiny: Any, model: Path, adapter: Path, prompts: Path) -> None:
+    other = tiny.adapter(adapter.parent / "other.gguf", seed=5, name="blk.1.attn_output.weight")
+    report = smoke_test(model, [adapter, (other, -0.5), adapter], prompts=[prompts], threads=1)
+    assert report.failure is None
+    assert texts(report, 0) != texts(report, 1) != texts(report, 2)
+    assert texts(report, 1) == texts(report, 3)
+    for run, choice in ((1, AdapterChoice(str(adapter))), (2, AdapterChoice(str(other), -0.5))):
+        with LlamaProcess() as fresh:
+            fresh.load(ModelOptions(str(model)), 60)
+            fresh.set_adapters([choice], 60)
+            asked = report.runs[run].responses
+            assert [fresh.answer(response.prompt, 60).text for response in asked] == texts(report, run)
+
+
+def test_greedy_answers_are_those_of_llama_cpp_python(model: Path) -> None:
+    from llama_cpp import Llama
+
+    llm = Llama(str(model), n_ctx=512, n_threads=1, verbose=False)
+    rendered = "[user] Tell me about stones\n[assistant] "
+    tokens = llm.tokenize(rendered.encode(), add_bos=True, special=True)
+    generated: list[int] = []
+    for token in llm.generate(tokens, top_k=1, temp=0.0, repeat_penalty=1.0):
+        if token == llm.token_eos() or len(generated) == 16:
+            break
+        generated.append(token)
+    expected = llm.detokenize(generated, prev_tokens=tokens).decode("utf-8", errors="replace")
+    with LlamaProcess() as process:
+        process.load(ModelOptions(str(model), max_tokens=16), 60)
+        answer = process.answer("Tell me about stones", 60)
+    assert answer.error is None
+    assert answer.text.strip() == expected.strip()
+
+
+def test_the_beginning_of_sequence_stands_once(tiny: Any, model: Path, tmp_path: Path) -> None:
+    """The same template without its BOS gives the same answers, as the vocabulary wants one."""
+    without = tiny.model(tmp_path / "m.gguf", template=tiny.template.replace("{{ bos_token }}", ""))
+    answers = []
+    for file in (model, without):
+        with LlamaProcess() as process:
+            process.load(ModelOptions(str(file)), 60)
+            answers.append(process.answer("Hello", 60).text)
+    assert answers[0] == answers[1]
+
+
+def test_adapters_that_llama_cpp_rejects_are_told_and_the_rest_is_measured(
+    tiny: Any, model: Path, adapter: Path, prompts: Path, tmp_path: Path
+) -> None:
+    bad = {
+        "mismatch": tiny.adapter(tmp_path / "arch.gguf", architecture="qwen2"),
+        "incorrect shape": tiny.adapter(tmp_path / "shape.gguf", rows=32),
+        "does not exist in base model": tiny.adapter(tmp_path / "name.gguf", name="blk.7.attn_q.weight"),
+        "(SIGABRT); its last words: gguf.cpp": tiny.adapter(tmp_path / "alpha.gguf", integer_alpha=True),
+        "expect general.type to be 'adapter'": model,
+    }
+    report = smoke_test(model, [*bad.values(), adapter], prompts=[prompts], threads=1, max_tokens=8)
+    failures = [run.failure for run in report.runs]
+    assert failures[0] is None and failures[-1] is None and report.runs[-1].refusal_rate is not None
+    for reason, failure, file in zip(bad, failures[1:-1], bad.values(), strict=True):
+        assert isinstance(failure, LlamaError)
+        assert reason in str(failure) and failure.file == str(file)
+    assert report.failure is failures[1]
+
+
+def test_compared_models_run_first_and_one_that_llama_cpp_rejects_stops_nothing(
+    tiny: Any, model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(model.read_bytes()[:2000])
+    other = tiny.model(tmp_path / "other.gguf", seed=3)
+    report = smoke_test(model, compare=[(broken, None), (other, "twin")], prompts=[prompts], threads=1, max_tokens=8)
+    assert [run.label for run in report.runs] == ["broken.gguf", "twin", "tiny.gguf"]
+    assert [run.failure is None for run in report.runs] == [False, True, True]
+    assert "could not load the model" in str(report.failure)
+    assert report.runs[2].task_rate == 1.0
+    assert texts(report, 1) != texts(report, 2)
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [(None, "no chat template"), ("{% if %}", "can't be read: TemplateSyntaxError")],
+)
+def test_a_model_without_a_usable_template(
+    tiny: Any, tmp_path: Path, prompts: Path, template: str | None, told: str
+) -> None:
+    file = tiny.model(tmp_path / "m.gguf", template=template)
+    report = smoke_test(file, prompts=[prompts], threads=1)
+    assert isinstance(report.failure, UnsupportedError)
+    assert told in str(report.failure)
+
+
+def test_a_prompt_that_can_not_be_answered_leaves_the_others(tiny: Any, tmp_path: Path) -> None:
+    raising = "{% if 'evil' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}" + tiny.template
+    file = tiny.model(tmp_path / "m.gguf", template=raising, context=256)
+    asked = tmp_path / "p.jsonl"
+    lines = [("a", "evil"), ("b", "word " * 300), ("c", "fine")]
+    asked.write_text("\n".join(json.dumps({"id": i, "kind": "harmful", "prompt": text}) for i, text in lines))
+    report = smoke_test(file, prompts=[asked], threads=1, max_tokens=4)
+    template, long, fine = report.runs[0].responses
+    assert template.error == "the chat template raised ValueError: no"
+    assert long.error is not None and "the context 256" in long.error
+    assert fine.error is None and fine.text
+    assert (template.text, template.refused, long.refused) == ("", None, None)
+    assert report.failure is None
+
+
+def test_a_template_that_always_raises_is_a_failure_of_the_run(tiny: Any, tmp_path: Path, prompts: Path) -> None:
+    file = tiny.model(tmp_path / "m.gguf", template="{{ raise_exception('never') }}")
+    report = smoke_test(file, prompts=[prompts], threads=1)
+    assert "not one prompt could be answered" in str(report.failure)
+
+
+def test_a_template_that_never_ends_is_stopped(tiny: Any, tmp_path: Path, prompts: Path) -> None:
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    file = tiny.model(tmp_path / "m.gguf", template=loop)
+    report = smoke_test(file, prompts=[prompts], threads=1, prompt_timeout=1)
+    assert "hung: answering a prompt took more than 1 s" in str(report.failure)
+
+
+def test_an_answer_that_begins_inside_its_reasoning_is_undecided(tiny: Any, tmp_path: Path, prompts: Path) -> None:
+    file = tiny.model(tmp_path / "m.gguf", template=tiny.template + "<think>\n")
+    report = smoke_test(file, prompts=[prompts], threads=1, max_tokens=8)
+    assert all(text.startswith("<think>") for text in texts(report, 0))
+    assert report.runs[0].undecided == 5
+
+
+def test_logits_that_are_not_numbers_are_no_answer(tiny: Any, model: Path, prompts: Path, tmp_path: Path) -> None:
+    file = tmp_path / "nan.gguf"
+    data = bytearray(tiny.adapter(file).read_bytes())
+    data[-4:] = np.array([np.nan], np.float32).tobytes()
+    file.write_bytes(data)
+    report = smoke_test(model, [file], prompts=[prompts], threads=1)
+    assert "not numbers (NaN)" in str(report.runs[1].failure)
+
+
+def test_the_same_inputs_give_the_same_report(model: Path, adapter: Path, prompts: Path) -> None:
+    twice = [json.dumps(smoke_test(model, [adapter], prompts=[prompts], threads=1).to_json()) for _ in range(2)]
+    assert twice[0] == twice[1]
+
+
+def test_importing_smoke_loads_neither_torch_nor_llama_cpp() -> None:
+    code = "import sys, safelora_gguf.smoke; print(sorted({'torch', 'llama_cpp', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run((sys.executable, "-c", code), check=True, capture_output=True).stdout.strip() == b"[]"
