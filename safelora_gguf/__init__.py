@@ -18,27 +18,32 @@ from safelora_gguf._version import __version__
 
 if TYPE_CHECKING:
     from converters.errors import Error
+    from safelora_gguf.demo import DemoReport, run_demo
     from safelora_gguf.project import project_adapter
     from safelora_gguf.report import ProjectReport
     from safelora_gguf.selection import Selection
     from safelora_gguf.smoke import SmokeReport, smoke_test
 
 _HOMES = {
+    "DemoReport": "safelora_gguf.demo",
     "Error": "converters.errors",
     "ProjectReport": "safelora_gguf.report",
     "Selection": "safelora_gguf.selection",
     "SmokeReport": "safelora_gguf.smoke",
+    "run_demo": "safelora_gguf.demo",
     "project_adapter": "safelora_gguf.project",
     "smoke_test": "safelora_gguf.smoke",
 }
 
 __all__ = [
+    "DemoReport",
     "Error",
     "ProjectReport",
     "Selection",
     "SmokeReport",
     "__version__",
     "project_adapter",
+    "run_demo",
     "smoke_test",
 ]
 

@@ -144,11 +144,40 @@ def smoke(
         _finish(result.to_json(), target, force, json)
         if not json:
             _show(smoke_table(result), _verdict_lines(result))
-        if result.failure is not None:
-            raise result.failure
-        return 0 if result.verdict == "pass" else 1
+        return _verdict(result)
 
     _run("smoke", body, json, verbose)
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path | None, typer.Option("--dir", help="Keep the adapters here.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """The whole story on the packaged tiny family: attack, projection, refusals. No download, under a minute."""
+
+    def body() -> int:
+        from safelora_gguf.demo import run_demo
+        from safelora_gguf.terminal import demo_opening, progress_bar, project_table, smoke_table
+
+        with progress_bar(unit="prompts", shown=not quiet) as progress:
+            result = run_demo(directory, progress=progress)
+        _finish(result.to_json(), None, False, json)
+        if not json:
+            _show(project_table(result.projection), demo_opening(result))
+            _show(smoke_table(result.smoke), list(result.conclusions))
+        return _verdict(result.smoke)
+
+    _run("demo", body, json, verbose)
+
+
+def _verdict(report: SmokeReport) -> int:
+    """The exit status of a measurement: what llama.cpp failed on comes before the verdict."""
+    if report.failure is not None:
+        raise report.failure
+    return 0 if report.verdict == "pass" else 1
 
 
 def _run(name: str, body: Any, as_json: bool, verbose: bool) -> None:

@@ -115,7 +115,16 @@ def project_adapter(
     source = open_peft(adapter)
     triples = pair_up(*references, source)
     _check_rank(projection, triples)
-    output = plan_output(Path(out), source, references[1], outtype=outtype, to=to, label="SafeLoRA", force=force)
+    output = plan_output(
+        Path(out),
+        source,
+        references[1],
+        outtype=outtype,
+        to=to,
+        label="SafeLoRA",
+        force=force,
+        reads=(references[0].path,),
+    )
     run = _Run(projection, output, source, triples, outtype, _describe_inputs(*references, source))
     if dry_run:
         return run.report({}, frozenset(), None)

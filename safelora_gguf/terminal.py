@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from safelora_gguf.demo import DemoReport
     from safelora_gguf.report import ModuleReport, ProjectReport
     from safelora_gguf.smoke import Run, SmokeReport
 
@@ -122,6 +123,17 @@ def project_summary(report: ProjectReport) -> list[str]:
     lines = [f"projected {report.projected} of {report.total} modules ({how}){left}"]
     lines += [f"note: {printable(note)}" for note in report.notes]
     return [*lines, f"wrote {printable(report.output.path)}, {report.output.bytes:,} bytes, {report.outtype}"]
+
+
+def demo_opening(report: DemoReport) -> list[str]:
+    """What the demo did to the adapter, before what llama.cpp says about it."""
+    projection = report.projection
+    how = ", ".join(f"{name} {value}" for name, value in report.setting.items())
+    return [
+        f"Projected {projection.projected} of {projection.total} modules of the tiny family's attacked adapter: {how}.",
+        f"Its total norm is {projection.norm_ratio or 0:.1%} of what it was. In llama.cpp, each model and adapter:",
+        "",
+    ]
 
 
 def smoke_table(report: SmokeReport) -> Table:

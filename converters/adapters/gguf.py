@@ -57,9 +57,10 @@ def write_gguf_adapter(
 
 
 def folding_factor(scaling: float, rank: int, alpha: float) -> float:
-    """What B must be multiplied by so that alpha / rank means `scaling`: exactly 1 for plain LoRA."""
+    """What B must be multiplied by so that alpha / rank means `scaling`: exactly 1 for plain LoRA, whose alpha
+    may differ from the stored float32 in its last bits."""
     factor = scaling * rank / alpha
-    return 1.0 if abs(factor - 1.0) < 1e-12 else factor
+    return 1.0 if abs(factor - 1.0) < 1e-7 else factor
 
 
 def _tensors(pair: PairOut, qtype: QType, report: dict[str, Rounding]) -> tuple[TensorOut, TensorOut]:

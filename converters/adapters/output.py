@@ -77,6 +77,7 @@ def plan_output(
     to: Literal["gguf", "peft"] | None,
     label: str,
     force: bool,
+    reads: Sequence[Path] = (),
 ) -> AdapterOutput:
     """Decides format and names for an output, and checks its place.
 
@@ -85,6 +86,7 @@ def plan_output(
             a GGUF file gets its conventional name.
         model: what the adapter is for.
         label: what a conventional name says about the adapter beside its own name.
+        reads: further inputs of the run, which an output directory must not replace.
 
     Raises:
         UsageError: an unknown type, or one that the format lacks.
@@ -101,6 +103,7 @@ def plan_output(
         return GgufOutput(target, OUTTYPES[outtype], adapter, model, force=force)
     if outtype == "q8_0":
         raise UsageError("PEFT directories hold f32, f16 or bf16; q8_0 is for GGUF")
+    _refuse_to_swallow(out, (adapter.path, model.path, *reads))
     return PeftOutput(out, OUTTYPES[outtype], adapter, model, force=force)
 
 
@@ -128,7 +131,6 @@ class PeftOutput:
         check_target(out, force=force)
         if out.exists() and not out.is_dir():
             raise OutputPathError("is a file, expected the name of a directory", file=out)
-        _refuse_to_swallow(out, (adapter.path, model.path))
         self.target, self.tensor_file = out, out / WEIGHTS
         self._qtype, self._adapter, self._force = qtype, adapter, force
         self._architecture = _known_architecture(model)

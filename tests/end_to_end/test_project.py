@@ -240,6 +240,17 @@ def test_a_killed_process_leaves_the_target_as_it_was(number: signal.Signals, st
     assert out.read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("out", ["out.gguf", "out"])
+def test_a_full_disk_is_exit_5_and_leaves_nothing(out: str, trio: Trio, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    command = " ".join([sys.executable, "-m", "safelora_gguf", *_options(trio, tmp_path / out)])
+    limited = f"ulimit -f 4; {command}"  # files of at most 4 KiB: what a full disk does, without filling one
+    result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=False)
+    assert result.returncode == 5, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def _wait_for_torch(pid: int) -> None:
     """Until the command is past its imports and at work, as the process's own memory map tells."""
     maps = Path(f"/proc/{pid}/maps")
