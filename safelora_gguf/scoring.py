@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
@@ -18,7 +19,6 @@ from safelora_gguf.pairing import Triple
 from safelora_gguf.projection import (
     alignment_matrix,
     cosine,
-    frobenius_norm,
     paper_operator,
     subspace_operator,
 )
@@ -77,25 +77,25 @@ class Scorer:
             UnsupportedError: a weight in a type that isn't a float.
         """
         sizes = [self._nbytes(triple) for triple in triples]
+        largest = max(prod(triple.pair.shape) for triple in triples)
+        buffer = torch.empty(largest, dtype=torch.float32, device=self.device)
         scores = {}
         for place, triple in enumerate(triples):
             if progress:
                 progress(sum(sizes[:place]), sum(sizes), triple.pair.module)
             if place + 1 < len(triples):  # the disk reads the next weights while this one is multiplied
                 self._prefetch(triples[place + 1])
-            scores[triple.pair.module] = self.score(triple)
+            scores[triple.pair.module] = self._score(triple, buffer)
         if progress:
             progress(sum(sizes), sum(sizes), "")
         return scores
 
-    def score(self, triple: Triple) -> Score:
-        """The score of one module; see `score_all`."""
+    def _score(self, triple: Triple, buffer: torch.Tensor) -> Score:
         a, b = self.adapter.load(triple.pair.module)
         gram_a = gram(a)
         delta_norm = norm(b, gram_a)
         self._check_pair(delta_norm, a, triple)
-        v = self._alignment_matrix(triple)
-        v_norm = frobenius_norm(v)
+        v, v_norm = self._alignment_matrix(triple, buffer)
         if not math.isfinite(v_norm):
             raise self._non_finite(triple)
         if v_norm == 0:
@@ -112,12 +112,12 @@ class Scorer:
             return paper_operator(v, b, v_norm)
         return subspace_operator(leading_subspace(v, self.k).u.to(b.device), b)
 
-    def _alignment_matrix(self, triple: Triple) -> torch.Tensor:
-        """V (out, in) of a weight; of an embedding table its transpose, the map that its pair adds to."""
+    def _alignment_matrix(self, triple: Triple, buffer: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """V (out, in) of a weight and its norm; of an embedding table its transpose, the map its pair adds to."""
         base = self.base.load(triple.base_tensor).to(self.device)
         aligned = self.aligned.load(triple.aligned_tensor).to(self.device)
-        v = alignment_matrix(aligned, base)
-        return v.T if triple.pair.embedding else v
+        v, v_norm = alignment_matrix(aligned, base, buffer)
+        return (v.T if triple.pair.embedding else v), v_norm
 
     def _nbytes(self, triple: Triple) -> int:
         return self.base.infos[triple.base_tensor].nbytes + self.aligned.infos[triple.aligned_tensor].nbytes

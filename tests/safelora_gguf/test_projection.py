@@ -13,7 +13,6 @@ from safelora_gguf.projection import (
     alignment_matrix,
     blend,
     cosine,
-    frobenius_norm,
     paper_operator,
     subspace_operator,
 )
@@ -49,8 +48,8 @@ def test_paper_operator_and_cosine_match_the_dense_formula(shape: tuple[int, int
     delta = b.double() @ a.double()
     expected = torch.nn.functional.cosine_similarity((operator @ delta).flatten(), delta.flatten(), dim=0)
 
-    v = alignment_matrix(aligned, base)
-    projected = paper_operator(v, b.float(), frobenius_norm(v))
+    v, v_norm = alignment_matrix(aligned, base)
+    projected = paper_operator(v, b.float(), v_norm)
 
     assert _relative(projected, operator @ b.double()) < 1e-5
     assert cosine(b, projected, gram(a)) == pytest.approx(float(expected), abs=1e-5, rel=1e-5)
@@ -83,7 +82,7 @@ def test_subspace_operator_matches_the_exact_svd(shape: tuple[int, int], spectru
 
 def test_subspace_operator_is_a_projector() -> None:
     base, aligned = _weights((300, 700), torch.float32)
-    u = leading_subspace(alignment_matrix(aligned, base), 4).u
+    u = leading_subspace(alignment_matrix(aligned, base)[0], 4).u
     once = subspace_operator(u, _pair((300, 700), torch.float32)[1])
     assert _relative(subspace_operator(u, once), once.double()) < 1e-6
 
@@ -104,16 +103,31 @@ def test_equal_inputs_give_equal_subspaces_whatever_the_global_seed() -> None:
     assert torch.equal(first, leading_subspace(v, 3).u)
 
 
-def test_the_norm_accumulates_in_float64() -> None:
-    matrix = torch.full((2048, 4096), 0.1)
-    assert frobenius_norm(matrix) == pytest.approx(float(matrix[0, 0]) * math.sqrt(matrix.numel()), rel=1e-13)
+@pytest.mark.parametrize("shape", [(2048, 5632), (5632, 2048), (1, 100_000), (100_000, 1)])
+def test_the_norm_does_not_drift_with_size(shape: tuple[int, int]) -> None:
+    entry = torch.tensor(0.1)
+    _, norm = alignment_matrix(entry.expand(shape), torch.zeros(()).expand(shape))
+    assert norm == pytest.approx(float(entry) * math.sqrt(math.prod(shape)), rel=1e-6)
+
+
+def test_a_reused_buffer_holds_the_same_matrix() -> None:
+    base, aligned = _weights((300, 700), torch.bfloat16)
+    buffer = torch.full((400 * 800,), 7.0)
+    v, norm = alignment_matrix(aligned, base, buffer)
+    fresh, fresh_norm = alignment_matrix(aligned, base)
+    assert v.data_ptr() == buffer.data_ptr()
+    assert torch.equal(v, fresh)
+    assert torch.equal(v, aligned.float() - base.float())
+    assert norm == fresh_norm
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_the_norm_tells_of_one_bad_entry(bad: float) -> None:
     matrix = torch.ones(3000, 500)
     matrix[2999, 499] = bad
-    assert not torch.isfinite(torch.tensor(frobenius_norm(matrix)))
+    assert not math.isfinite(alignment_matrix(matrix, torch.zeros(3000, 500))[1])
+    assert not math.isfinite(alignment_matrix(torch.zeros(3000, 500), matrix)[1])
+    assert not math.isfinite(alignment_matrix(matrix, matrix)[1])
 
 
 def test_cosine_of_nothing_is_none_and_of_an_update_outside_the_alignment_zero() -> None:

@@ -1,0 +1,87 @@
+"""Whether all methods of a benchmark found the same: one that compares different results is void.
+
+Cosines, the choice of modules and the projected B are compared, B as it stands in the written files. The GGUF
+file's names and llama.cpp's row order of queries and keys are undone here independently of the package.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from bench_methods import Outcome
+from bench_models import Shape
+from gguf import GGUFReader
+from safetensors.numpy import load_file
+
+TOLERANCE = 1e-4
+
+_PREFIX = "base_model.model."
+_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class DisagreementError(Exception):
+    """The methods' results differ."""
+
+
+def check(outcomes: Mapping[str, Outcome], ours: Path, dense: Path, shape: Shape) -> dict[str, float]:
+    """The largest differences of all cosines (absolute) and all projected B (Frobenius-relative).
+
+    Raises:
+        DisagreementError: one is over `TOLERANCE`, or other modules were chosen.
+    """
+    cosines, chosen = {}, {}
+    for method, outcome in outcomes.items():
+        cosines[method] = {_module(name): value for name, value in outcome.cosines.items()}
+        chosen[method] = {_module(name) for name in outcome.projected}
+    own = cosines["ours"]
+    for method, found in cosines.items():
+        if found.keys() != own.keys() or chosen[method] != chosen["ours"]:
+            different = sorted((found.keys() ^ own.keys()) | (chosen[method] ^ chosen["ours"]))
+            raise DisagreementError(f"ours and {method} chose differently: {', '.join(different[:5])}")
+    errors = {"cosine": max(abs(found[name] - own[name]) for found in cosines.values() for name in own)}
+    errors["B"] = _largest_error(_read_gguf(ours, shape), load_file(dense), chosen["ours"])
+    for what, error in errors.items():
+        if not error <= TOLERANCE:
+            raise DisagreementError(f"{what} differs by {error:.2g}, and {TOLERANCE:g} is allowed")
+    return errors
+
+
+def _largest_error(ours: Mapping[str, np.ndarray], dense: Mapping[str, np.ndarray], chosen: set[str]) -> float:
+    errors = [0.0]
+    for module in ours.keys() | chosen:
+        expected = dense[f"{_PREFIX}{module}.lora_B.weight"].astype(np.float64)
+        errors.append(float(np.linalg.norm(ours[module] - expected) / np.linalg.norm(expected)))
+    return max(errors)
+
+
+def _read_gguf(path: Path, shape: Shape) -> dict[str, np.ndarray]:
+    """Every lora_b by PEFT module, rows in PEFT's order."""
+    heads = {"attn_q": shape.heads, "attn_k": shape.key_value_heads}
+    found = {}
+    for tensor in GGUFReader(path).tensors:
+        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight\.lora_b", tensor.name)
+        if match is None:
+            continue
+        b = np.array(tensor.data, dtype=np.float64)
+        if match[2] in heads:  # llama.cpp keeps the two halves of a head interleaved
+            count = heads[match[2]]
+            b = b.reshape(count, -1, 2, b.shape[1]).swapaxes(1, 2).reshape(b.shape)
+        found[_module(tensor.name.removesuffix(".lora_b"))] = b
+    return found
+
+
+def _module(name: str) -> str:
+    """The PEFT module of a GGUF tensor; other names as they are."""
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    return f"model.layers.{match[1]}.{_NAMES[match[2]]}" if match else name
