@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from converters.adapters.lora import LoraAdapter, LoraPair
+import torch
+
+from converters.adapters.lora import LoraPair
+from converters.adapters.peft import PeftAdapter
 from converters.checkpoint import Checkpoint
-from converters.errors import FormatError, MismatchError
+from converters.errors import FormatError, MismatchError, UnsupportedError
 from converters.names import canonical
 
 
@@ -20,7 +23,7 @@ class Triple:
     aligned_tensor: str
 
 
-def pair_up(base: Checkpoint, aligned: Checkpoint, adapter: LoraAdapter) -> list[Triple]:
+def pair_up(base: Checkpoint, aligned: Checkpoint, adapter: PeftAdapter) -> list[Triple]:
     """One triple per adapted module, in the adapter's order; headers only.
 
     Raises:
@@ -43,6 +46,8 @@ def pair_up(base: Checkpoint, aligned: Checkpoint, adapter: LoraAdapter) -> list
     for triple in triples:
         _fits(triple, base, triple.base_tensor, adapter)
         _fits(triple, aligned, triple.aligned_tensor, adapter)
+    for module in adapter.frozen_tables:
+        _check_frozen_table(module, aligned, names[1].get(module), adapter)
     return triples
 
 
@@ -80,7 +85,7 @@ def _same_shapes(base: Checkpoint, aligned: Checkpoint, names: tuple[Mapping[str
         )
 
 
-def _fits(triple: Triple, model: Checkpoint, tensor: str, adapter: LoraAdapter) -> None:
+def _fits(triple: Triple, model: Checkpoint, tensor: str, adapter: PeftAdapter) -> None:
     shape, expected = model.infos[tensor].shape, triple.pair.shape
     if len(shape) != 2:
         raise FormatError(f"has the shape {list(shape)}, expected a matrix", file=model.path, tensor=tensor)
@@ -91,3 +96,17 @@ def _fits(triple: Triple, model: Checkpoint, tensor: str, adapter: LoraAdapter) 
             file=adapter.path,
             tensor=triple.pair.key,
         )
+
+
+def _check_frozen_table(module: str, aligned: Checkpoint, tensor: str | None, adapter: PeftAdapter) -> None:
+    """A table that PEFT saved along must be the aligned model's: it differs where the vocabulary was resized."""
+    if tensor is not None:
+        ours, theirs = aligned.load(tensor), adapter.load_frozen_table(module)
+        if ours.shape == theirs.shape and torch.equal(ours.to(theirs.dtype), theirs):
+            return
+    raise UnsupportedError(
+        f"is a base table that differs from the one in {aligned.path}: the vocabulary was resized or the table "
+        f"trained, which pairs can't express. Merge the adapter with PEFT",
+        file=adapter.path,
+        tensor=adapter.frozen_tables[module],
+    )

@@ -30,6 +30,7 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _LINEAR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
 _EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
+_FROZEN = re.compile(r"(.+)\.base_layer\.weight")
 _MORE_THAN_PAIRS = (
     ("lora_magnitude_vector", "holds DoRA magnitudes; DoRA's update is not of low rank: merge it with PEFT"),
     ("modules_to_save", "is a whole module trained beside the pairs (modules_to_save): merge it with PEFT"),
@@ -52,6 +53,7 @@ class PeftAdapter:
         self.config_bytes = config_bytes
         self._file = file
         self._keys = _pair_keys(file)
+        self.frozen_tables = _frozen_tables(file)
         meanings = config.meanings([keys.module for keys in self._keys.values()])
         pairs = {module: self._pair(module, keys, meanings[keys.module]) for module, keys in self._keys.items()}
         self.pairs: Mapping[str, LoraPair] = {name: pairs[name] for name in sorted(pairs, key=natural_order)}
@@ -71,6 +73,10 @@ class PeftAdapter:
     @property
     def nbytes(self) -> int:
         return self._file.path.stat().st_size
+
+    def load_frozen_table(self, module: str) -> torch.Tensor:
+        """One of `frozen_tables`: PEFT saves the table of an adapted embedding or head along, as it found it."""
+        return self._file.load(self.frozen_tables[module])
 
     def load(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         keys = self._keys[module]
@@ -152,12 +158,14 @@ def _pair_keys(file: SafetensorsFile) -> dict[str, _PairKeys]:
     found: dict[tuple[str, bool], dict[str, list[str]]] = defaultdict(lambda: {"A": [], "B": []})
     for key in file.infos:
         plain = key.removeprefix(_PREFIX)
+        if _FROZEN.fullmatch(plain):
+            continue
         match = _LINEAR.fullmatch(plain) or _EMBEDDING.fullmatch(plain)
         if match is None:
             raise _foreign_tensor(key, file.path)
         found[match[1], ".lora_embedding_" in plain][match[2]].append(key)
     if not found:
-        raise FormatError("holds no tensors at all", file=file.path)
+        raise FormatError("holds no LoRA pairs", file=file.path)
     pairs: dict[str, _PairKeys] = {}
     for (module, embedding), halves in found.items():
         keys = _both_halves(module, halves, file.path)
@@ -165,6 +173,12 @@ def _pair_keys(file: SafetensorsFile) -> dict[str, _PairKeys]:
             raise FormatError("two pairs for one module", file=file.path, tensor=keys[1])
         pairs[canonical(module)] = _PairKeys(module, *keys, embedding)
     return pairs
+
+
+def _frozen_tables(file: SafetensorsFile) -> dict[str, str]:
+    """Tensor names of base weights that were saved along, by canonical module."""
+    found = {key: _FROZEN.fullmatch(key.removeprefix(_PREFIX)) for key in file.infos}
+    return {canonical(match[1]): key for key, match in found.items() if match is not None}
 
 
 def _both_halves(module: str, halves: Mapping[str, Sequence[str]], path: Path) -> tuple[str, str]:

@@ -205,6 +205,27 @@ def test_q8_0_keeps_f16_where_the_rank_is_no_block_and_says_so(trio: Trio, tmp_p
     assert any("rows of 32" in note for note in report["notes"])
 
 
+def test_embedding_and_head_pairs_project_and_tables_saved_along_are_compared(trio: Trio, tmp_path: Path) -> None:
+    tensors, sizes = dict(trio.pair_tensors), trio.sizes
+    prefix = "base_model.model."
+    tensors[f"{prefix}model.embed_tokens.lora_embedding_A"] = torch.randn(4, sizes.vocab)
+    tensors[f"{prefix}model.embed_tokens.lora_embedding_B"] = torch.randn(sizes.hidden, 4)
+    tensors[f"{prefix}lm_head.lora_A.weight"] = torch.randn(4, sizes.hidden)
+    tensors[f"{prefix}lm_head.lora_B.weight"] = torch.randn(sizes.vocab, 4)
+    tensors[f"{prefix}lm_head.base_layer.weight"] = trio.aligned_tensors["lm_head.weight"].clone()
+    _rewrite(trio.adapter / "adapter_model.safetensors", tensors)
+    _project(trio, tmp_path / "out", "--all")
+    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for module, key, transposed in (
+        ("model.embed_tokens", "lora_embedding_B", True),
+        ("lm_head", "lora_B.weight", False),
+    ):
+        v = trio.aligned_tensors[f"{module}.weight"].double() - trio.base_tensors[f"{module}.weight"].double()
+        v = v.T if transposed else v
+        expected = v @ (v.T @ tensors[f"{prefix}{module}.{key}"].double()) / v.norm()
+        torch.testing.assert_close(after[f"{prefix}{module}.{key}"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_tied_embeddings_are_refused_towards_merging(tmp_path: Path) -> None:
     sizes = Sizes(tied=True)
     trio = save_trio(tmp_path, sizes=sizes)

@@ -211,6 +211,10 @@ CASES: dict[str, tuple[Damage, str]] = {
         _adapter_tensors(lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(4, 4)})),
         "can't be expressed",
     ),
+    "a resized head saved along": (
+        _adapter_tensors(lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.ones(4, 4)})),
+        "vocabulary was resized",
+    ),
     "trained bias": (
         _adapter_tensors(lambda t: t.update({QA.replace("lora_A.weight", "bias"): torch.ones(64)})),
         "bias",

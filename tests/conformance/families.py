@@ -1,0 +1,94 @@
+"""One family per architecture: models, PEFT's adapters, our conversions of them, and upstream's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from conformance import peft_side
+
+from safelora_gguf import Selection, project_adapter
+
+HERE = Path(__file__).parent
+NOTHING = Selection("number", 0)
+
+# What upstream converts beside the model: (adapter kind, outtype).
+UPSTREAM = (
+    ("plain", "f32"),
+    ("plain", "f16"),
+    ("plain", "bf16"),
+    ("plain_r32", "q8_0"),
+    ("rank_pattern", "f32"),
+    ("embeddings", "f32"),
+    ("rslora", "f32"),
+    ("alpha_pattern", "f32"),
+)
+
+Logits = Callable[[Path, Path | None], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture's model before and after its alignment, and PEFT's adapters by kind."""
+
+    architecture: str
+    root: Path
+    base: Path
+    aligned: Path
+    adapters: Mapping[str, Path]
+
+    def convert(self, kind: str, outtype: str = "f32") -> Path:
+        """Our GGUF adapter, with nothing projected."""
+        target = self.root / f"ours-{kind}-{outtype}.gguf"
+        if not target.exists():
+            project_adapter(
+                self.base, self.aligned, self.adapters[kind], target, selection=NOTHING, outtype=outtype, device="cpu"
+            )
+        return target
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """The aligned model (F32) and adapters by (kind, outtype), as upstream's converters write them."""
+
+    model: Path
+    adapters: Mapping[tuple[str, str], Path]
+
+
+def make_family(architecture: str, root: Path) -> Family:
+    model = peft_side.make_model(architecture)
+    model.save_pretrained(root / "base")
+    peft_side.align(model)
+    model.save_pretrained(root / "aligned")
+    adapters = {
+        kind: peft_side.save_adapter(root / "aligned", root / kind, options)
+        for kind, options in peft_side.KINDS.items()
+    }
+    return Family(architecture, root, root / "base", root / "aligned", adapters)
+
+
+def convert_upstream(family: Family, llama_cpp: Path) -> Upstream:
+    model = family.root / "aligned.gguf"
+    adapters = {(kind, outtype): family.root / f"upstream-{kind}-{outtype}.gguf" for kind, outtype in UPSTREAM}
+    jobs: list[list[object]] = [["convert_hf_to_gguf.py", family.aligned, "--outtype", "f32", "--outfile", model]]
+    for (kind, outtype), target in adapters.items():
+        where = ["--base", family.aligned, "--outtype", outtype, "--outfile", target]
+        jobs.append(["convert_lora_to_gguf.py", *where, family.adapters[kind]])
+    _run_upstream(llama_cpp, jobs)
+    return Upstream(model, adapters)
+
+
+def _run_upstream(llama_cpp: Path, jobs: Sequence[Sequence[object]]) -> None:
+    lines = json.dumps([[str(word) for word in job] for job in jobs])
+    command = [sys.executable, str(HERE / "upstream_child.py"), str(llama_cpp)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, input=lines, capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
+    assert done.returncode == 0, f"upstream's converter failed:\n{done.stderr[-3000:]}"
