@@ -50,7 +50,7 @@ def alignment_matrix(
 def _segment_norms(entries: torch.Tensor) -> torch.Tensor:
     """Norms of short stretches, in float32: so short that nothing drifts, and few enough to go on in float64."""
     whole = len(entries) // _SEGMENT * _SEGMENT
-    norms = torch.linalg.vector_norm(entries[:whole].view(-1, _SEGMENT), dim=1)
+    norms: torch.Tensor = torch.linalg.vector_norm(entries[:whole].view(-1, _SEGMENT), dim=1)
     if whole == len(entries):
         return norms
     return torch.cat([norms, torch.linalg.vector_norm(entries[whole:]).view(1)])
