@@ -109,11 +109,7 @@ def _number(value: float | None, form: str) -> str:
 
 def project_summary(report: ProjectReport) -> list[str]:
     """What happened, in a few lines."""
-    rule = report.selection["mode"]
-    if report.selection["value"] is not None:
-        rule += f" {report.selection['value']:g}"
-    operator = report.operator if report.subspace_rank is None else f"{report.operator} rank {report.subspace_rank}"
-    how = f"operator {operator}, {rule}, strength {report.strength:g}"
+    how = _how(report)
     if report.output is None:
         path, size = report.planned_output
         lines = [f"dry run: {report.total} modules would be scored ({how})"]
@@ -125,10 +121,18 @@ def project_summary(report: ProjectReport) -> list[str]:
     return [*lines, f"wrote {printable(report.output.path)}, {report.output.bytes:,} bytes, {report.outtype}"]
 
 
+def _how(report: ProjectReport) -> str:
+    rule = str(report.selection["mode"])
+    if report.selection["value"] is not None:
+        rule += f" {report.selection['value']:g}"
+    operator = report.operator if report.subspace_rank is None else f"{report.operator} rank {report.subspace_rank}"
+    return f"operator {operator}, {rule}, strength {report.strength:g}"
+
+
 def demo_opening(report: DemoReport) -> list[str]:
     """What the demo did to the adapter, before what llama.cpp says about it."""
     projection = report.projection
-    how = ", ".join(f"{name} {value}" for name, value in report.setting.items())
+    how = _how(projection)
     return [
         f"Projected {projection.projected} of {projection.total} modules of the tiny family's attacked adapter: {how}.",
         f"Its total norm is {projection.norm_ratio or 0:.1%} of what it was. In llama.cpp, each model and adapter:",
