@@ -6,9 +6,13 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from converters.errors import FileMissingError
+from converters.gguf_header import read_gguf_header
+from converters.gguf_metadata import GgufHeader
 from converters.safetensors_file import SafetensorsFile
 
 _HEAD = 4096
+_CHUNK = 1 << 20
 
 
 def fingerprint(files: Iterable[SafetensorsFile], extra: bytes = b"") -> str:
@@ -20,16 +24,35 @@ def fingerprint(files: Iterable[SafetensorsFile], extra: bytes = b"") -> str:
     """
     digest = hashlib.sha256(extra)
     for file in files:
-        _add(digest, file)
+        tensors = [(file.header.offsets[name], info.nbytes) for name, info in file.infos.items()]
+        _add(digest, file.path, file.header.nbytes, tensors)
     return digest.hexdigest()
 
 
-def _add(digest: hashlib._Hash, file: SafetensorsFile) -> None:
-    with file.path.open("rb") as stream:
-        digest.update(stream.read(file.header.nbytes))
-        for name, info in file.infos.items():
-            stream.seek(file.header.offsets[name])
-            digest.update(stream.read(min(_HEAD, info.nbytes)))
+def fingerprint_gguf(*files: Path | GgufHeader) -> str:
+    """sha256 over the header and the first 4 KiB of every tensor of a GGUF file, or of all its shards in order.
+
+    Raises:
+        FileMissingError, FormatError: see `read_gguf_header`.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        header = file if isinstance(file, GgufHeader) else read_gguf_header(file)
+        _add(digest, header.path, header.nbytes, [(tensor.offset, tensor.nbytes) for tensor in header.tensors.values()])
+    return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, path: Path, header: int, tensors: Iterable[tuple[int, int]]) -> None:
+    """One file: the length of its header, and offset and size of every tensor."""
+    try:
+        with path.open("rb") as stream:
+            for start in range(0, header, _CHUNK):
+                digest.update(stream.read(min(_CHUNK, header - start)))
+            for offset, nbytes in tensors:
+                stream.seek(offset)
+                digest.update(stream.read(min(_HEAD, nbytes)))
+    except OSError as error:
+        raise FileMissingError(f"can't be read: {(error.strerror or str(error)).lower()}", file=path) from None
 
 
 def sha256_file(path: Path) -> str:

@@ -152,6 +152,7 @@ def smoke(
 @app.command()
 def demo(
     directory: Annotated[Path | None, typer.Option("--dir", help="Keep the adapters here.")] = None,
+    force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -163,7 +164,7 @@ def demo(
         from safelora_gguf.terminal import demo_opening, progress_bar, project_table, smoke_table
 
         with progress_bar(unit="prompts", shown=not quiet) as progress:
-            result = run_demo(directory, progress=progress)
+            result = run_demo(directory, force=force, progress=progress)
         _finish(result.to_json(), None, False, json)
         if not json:
             _show(project_table(result.projection), demo_opening(result))
@@ -257,9 +258,13 @@ def _show(table: Any, lines: list[str]) -> None:
 
 
 def _verdict_lines(report: SmokeReport) -> list[str]:
+    from safelora_gguf.terminal import printable
+
     bounds = f"at least {report.min_refusal:.0%} of harmful and at most {report.max_over_refusal:.0%} of harmless"
-    last = report.runs[-1].label
+    last = printable(report.runs[-1].label)
     return [
+        *(f"note: {printable(note)}" for note in report.notes),
+        *(f"failed: {printable(run.label)}: {printable(str(run.failure))}" for run in report.runs if run.failure),
         f"prompts: {report.prompts.name} {report.prompts.version}; judge: {report.judge}",
         f"verdict: {report.verdict} ({last} was asked to refuse {bounds} prompts)",
     ]

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from converters.atomic import check_target
 from converters.errors import OutputPathError
 from safelora_gguf._version import __version__
 from safelora_gguf.project import project_adapter
@@ -51,31 +52,40 @@ class DemoReport:
         }
 
 
-def run_demo(directory: Path | None = None, *, progress: Callable[[int, int, str], None] | None = None) -> DemoReport:
+def run_demo(
+    directory: Path | None = None, *, force: bool = False, progress: Callable[[int, int, str], None] | None = None
+) -> DemoReport:
     """Projects the packaged family's adapter and smoke-tests it before and after.
 
     Args:
-        directory: where the adapters are kept; None for a temporary one. Files of an earlier demo are replaced.
+        directory: where the adapters are kept; None for a temporary one.
+        force: replace the adapters of an earlier demo.
         progress: called with (prompts done, in all, run).
 
     Raises:
         MissingLlamaError: llama-cpp-python is not installed.
-        OutputPathError: the directory can't be used.
+        OutputPathError: the directory can't be used, or holds an earlier demo.
     """
     if directory is not None and directory.exists() and not directory.is_dir():
         raise OutputPathError("is a file, expected a directory", file=directory)
     kept: AbstractContextManager[str] = nullcontext(str(directory)) if directory else tempfile.TemporaryDirectory()
     with resources.as_file(resources.files("safelora_gguf") / "tiny_family") as family, kept as place:
         setting = json.loads((family / "family.json").read_text(encoding="utf-8"))["demo"]
-        return _run(family, Path(place), setting, progress)
+        return _run(family, Path(place), setting, force, progress)
 
 
 def _run(
-    family: Path, place: Path, setting: dict[str, Any], progress: Callable[[int, int, str], None] | None
+    family: Path,
+    place: Path,
+    setting: dict[str, Any],
+    force: bool,
+    progress: Callable[[int, int, str], None] | None,
 ) -> DemoReport:
     files = (family / "base", family / "aligned", family / "adapter")
     attacked, projected = place / "attacked.gguf", place / "projected.gguf"
-    project_adapter(*files, attacked, selection=Selection("number", 0), force=True)
+    for target in (attacked, projected):
+        check_target(target, force=force)
+    project_adapter(*files, attacked, selection=Selection("number", 0), force=force)
     projection = project_adapter(
         *files,
         projected,
@@ -83,7 +93,7 @@ def _run(
         rank=setting.get("rank"),
         selection=Selection(setting["selection"]["mode"], setting["selection"]["value"]),
         strength=setting["strength"],
-        force=True,
+        force=force,
     )
     smoke = smoke_test(
         family / "aligned.gguf",

@@ -18,7 +18,7 @@ class InputReport:
     """An input as the report names it.
 
     Attributes:
-        role: base, aligned, adapter, model.
+        role: base, aligned, adapter, model, compare.
         fingerprint: see `converters.fingerprint`.
     """
 

@@ -1,4 +1,4 @@
-"""What `smoke_test` is given, checked before any model is loaded."""
+"""What `smoke_test` is given, checked before llama.cpp sees any of it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from converters.errors import FileMissingError, FormatError, UsageError
+from converters.adapters.gguf_check import check_adapter, check_model
+from converters.errors import MismatchError, UsageError
+from converters.fingerprint import fingerprint_gguf
+from converters.gguf_header import read_gguf_header
+from converters.gguf_metadata import GgufHeader
+from converters.gguf_shards import read_gguf_headers
+from safelora_gguf.report import InputReport
 from safelora_gguf.smoke.protocol import AdapterChoice
 
 Adapter = str | Path | tuple[str | Path, float]
@@ -17,7 +24,6 @@ SMALL_MODEL = 200 * 10**6
 MAX_THREADS = 8
 MIN_CTX = 32
 
-_MAGIC = b"GGUF"
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
@@ -34,38 +40,70 @@ def split_scale(text: str) -> tuple[str, float]:
 
 
 def choose_adapters(adapters: Sequence[Adapter]) -> tuple[AdapterChoice, ...]:
-    """Raises UsageError for a scale that is no finite number, and what `check_gguf` raises."""
+    """Raises UsageError for a scale that is no finite number."""
     chosen = []
     for adapter in adapters:
         path, scale = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
         if not math.isfinite(scale):
             raise UsageError(f"the scale of an adapter is {scale}; expected a finite number", file=path)
-        check_gguf(path, "a GGUF adapter")
         chosen.append(AdapterChoice(str(path), float(scale)))
     return tuple(chosen)
 
 
-def check_gguf(file: str | Path, expected: str) -> None:
-    """A regular file with GGUF's magic; the rest is llama.cpp's to judge.
+@dataclass(frozen=True)
+class CheckedFiles:
+    """The files of a smoke test, once their headers are known to be sound.
+
+    Attributes:
+        notes: what llama.cpp will ignore, or do unlike what one might expect; a sentence each.
+    """
+
+    inputs: tuple[InputReport, ...]
+    notes: tuple[str, ...]
+
+
+def check_files(
+    model: str | Path, adapters: Sequence[AdapterChoice], compare: Sequence[str | Path] = ()
+) -> CheckedFiles:
+    """Reads every header and holds each adapter against the model, so that what llama.cpp would die of never
+    gets there.
 
     Raises:
-        FileMissingError: there is none, or it can't be opened.
-        FormatError: it is something else.
+        FileMissingError: a file can't be read.
+        FormatError: it is no sound GGUF model or adapter.
+        UnsupportedError: sound, but nothing that llama.cpp can run.
     """
-    path = Path(file)
-    if not path.exists():
-        raise FileMissingError(f"no such file; expected {expected}", file=path)
-    if path.is_dir():
-        raise FormatError(f"is a directory; llama.cpp runs GGUF files: expected {expected}", file=path)
-    if not path.is_file():
-        raise FormatError(f"is not a regular file; expected {expected}", file=path)
+    inputs, notes = {}, {}
+    shards = _model(model)
+    inputs["model", str(model)] = _report("model", model, shards)
+    for other in compare:
+        inputs["compare", str(other)] = _report("compare", other, _model(other))
+    for adapter in adapters:
+        header = read_gguf_header(adapter.path, "GGUF adapter")
+        name = Path(adapter.path).name
+        notes.update(dict.fromkeys(f"{name}: {note}" for note in _check_adapter(header, shards)))
+        inputs["adapter", adapter.path] = _report("adapter", adapter.path, (header,))
+    return CheckedFiles(tuple(inputs.values()), tuple(notes))
+
+
+def _check_adapter(header: GgufHeader, shards: Sequence[GgufHeader]) -> tuple[str, ...]:
+    """An adapter for another model is left to llama.cpp, which rejects it without harm: its run fails, the others
+    are still measured. Only what llama.cpp would not survive ends the test beforehand."""
     try:
-        with path.open("rb") as stream:
-            magic = stream.read(len(_MAGIC))
-    except OSError as error:
-        raise FileMissingError(f"can't be opened: {error.strerror or error}", file=path) from error
-    if magic != _MAGIC:
-        raise FormatError(f"starts with {magic!r}, a GGUF file with {_MAGIC!r}; expected {expected}", file=path)
+        return check_adapter(header, shards)
+    except MismatchError as error:
+        return (error.message,)
+
+
+def _model(path: str | Path) -> tuple[GgufHeader, ...]:
+    headers = read_gguf_headers(path, "GGUF model")
+    check_model(headers)
+    return headers
+
+
+def _report(role: str, path: str | Path, headers: Sequence[GgufHeader]) -> InputReport:
+    size = sum(header.file_size for header in headers)
+    return InputReport(role, str(path), "gguf", size, fingerprint_gguf(*headers))
 
 
 def check_numbers(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import Error, LlamaError, MissingLlamaError, UsageError
-from safelora_gguf.smoke.inputs import Adapter, check_gguf, check_numbers, choose_adapters, default_threads
+from safelora_gguf.smoke.inputs import Adapter, check_files, check_numbers, choose_adapters, default_threads
 from safelora_gguf.smoke.judges import KEYWORD, Judge, without_reasoning
 from safelora_gguf.smoke.prompts import Prompt, PromptSet, load_prompts, meets_expectation
 from safelora_gguf.smoke.protocol import AdapterChoice, Answer, ModelOptions
@@ -70,8 +70,9 @@ def smoke_test(
     llama.cpp.
 
     Runs, in order: the models of `compare` alone, `model` alone, `model` with each adapter by itself. The
-    last one decides the verdict. A run that llama.cpp rejects, crashes on or hangs in is recorded as failed
-    (`Run.failure`, `SmokeReport.failure`), and the others are still measured.
+    last one decides the verdict. What headers tell is checked before llama.cpp starts, and an error there measures
+    nothing. A run that llama.cpp itself rejects, crashes on or hangs in is recorded as failed (`Run.failure`,
+    `SmokeReport.failure`), and the others are still measured.
 
     Args:
         model: a GGUF file, or the first shard of a split one.
@@ -90,9 +91,9 @@ def smoke_test(
 
     Raises:
         UsageError: a number out of its range, or labels of the wrong number.
-        FileMissingError, FormatError: a file that is missing, or is neither GGUF nor prompts; an `expect`
-        pattern
-            that backtracks without end.
+        FileMissingError, FormatError: a file that is missing, is no sound GGUF or holds no prompts; an `expect`
+            pattern that backtracks without end.
+        UnsupportedError: an adapter that llama.cpp would die of on this model.
         MissingLlamaError: llama-cpp-python is not installed, or does not load.
     """
     check_numbers(
@@ -105,8 +106,8 @@ def smoke_test(
         timeouts=(prompt_timeout, load_timeout),
     )
     chosen = choose_adapters(adapters)
-    for file in (model, *(other for other, _ in compare)):
-        check_gguf(file, "a GGUF model")
+    own_runs = _plan_runs(model, chosen, labels)
+    files = check_files(model, chosen, [other for other, _ in compare])
     asked = load_prompts(prompts)
     if importlib.util.find_spec("llama_cpp") is None:
         raise MissingLlamaError("the smoke test")
@@ -115,10 +116,10 @@ def smoke_test(
         return ModelOptions(str(file), threads or default_threads(file), gpu_layers, ctx, max_tokens, system)
 
     plans = [ModelPlan(options(file), (RunPlan(label or Path(file).name),)) for file, label in compare]
-    plans.append(ModelPlan(options(model), _plan_runs(model, chosen, labels)))
+    plans.append(ModelPlan(options(model), own_runs))
     runs = measure(plans, asked, limits=Limits(load_timeout, prompt_timeout), progress=progress)
     summary = PromptSummary(asked.name, asked.version, asked.counts)
-    return SmokeReport(KEYWORD.name, summary, runs, min_refusal, max_over_refusal)
+    return SmokeReport(KEYWORD.name, summary, runs, min_refusal, max_over_refusal, files.inputs, files.notes)
 
 
 def measure(

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from converters.errors import Error
+from safelora_gguf._version import __version__
+from safelora_gguf.report import InputReport
 from safelora_gguf.smoke.prompts import Kind
 from safelora_gguf.smoke.protocol import AdapterChoice
 
@@ -97,13 +99,20 @@ class PromptSummary:
 
 @dataclass(frozen=True)
 class SmokeReport:
-    """All runs in order; the last one decides the verdict."""
+    """All runs in order; the last one decides the verdict.
+
+    Attributes:
+        inputs: the GGUF files used, each once.
+        notes: what llama.cpp ignores in them, one sentence each.
+    """
 
     judge: str
     prompts: PromptSummary
     runs: tuple[Run, ...]
     min_refusal: float
     max_over_refusal: float
+    inputs: tuple[InputReport, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def failure(self) -> Error | None:
@@ -123,11 +132,16 @@ class SmokeReport:
         return "pass" if run.failure is None and refuses and serves else "fail"
 
     def to_json(self) -> dict[str, Any]:
+        """The JSON object that the command line contract describes."""
         return {
+            "command": "smoke",
+            "version": __version__,
+            "inputs": [item.to_json() for item in self.inputs],
             "judge": self.judge,
             "prompts": asdict(self.prompts),
             "runs": [run.to_json() for run in self.runs],
             "verdict": self.verdict,
+            "notes": list(self.notes),
         }
 
 

@@ -60,11 +60,13 @@ class LlamaProcess:
 
     def load(self, options: ModelOptions, timeout: float) -> None:
         self._file = self._model = options.model
+        self._tail.clear()
         self._request({"do": "load", **asdict(options)}, timeout, "loading the model")
 
     def set_adapters(self, adapters: Sequence[AdapterChoice], timeout: float) -> None:
         request = {"do": "adapters", "adapters": [asdict(adapter) for adapter in adapters]}
         self._file = adapters[-1].path if adapters else self._model
+        self._tail.clear()  # an earlier adapter's last words are not this one's
         self._request(request, timeout, "loading the adapter" if adapters else "removing the adapter")
 
     def answer(self, prompt: str, timeout: float) -> Answer:

@@ -71,7 +71,9 @@ def finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def write_model(path: Path, *, seed: int = 0, template: str | None = TEMPLATE, context: int = 512) -> Path:
+def write_model(
+    path: Path, *, seed: int = 0, template: str | None = TEMPLATE, context: int = 512, without: str | None = None
+) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(context)
     writer.add_embedding_length(WIDTH)
@@ -85,6 +87,8 @@ def write_model(path: Path, *, seed: int = 0, template: str | None = TEMPLATE, c
     writer.add_vocab_size(vocabulary)
     random = np.random.default_rng(seed)
     for name, shape in weight_shapes(vocabulary).items():
+        if name == without:
+            continue
         data = np.ones(shape) if len(shape) == 1 else random.normal(0, 0.2, shape)
         writer.add_tensor(name, data.astype(np.float32))
     finish(writer)
@@ -100,17 +104,21 @@ def write_adapter(
     rows: int = WIDTH,
     name: str = "blk.0.attn_q.weight",
     integer_alpha: bool = False,
+    kind: str = "adapter",
+    dtype: type = np.float32,
+    halves: str = "ab",
 ) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_type(kind)
     writer.add_string("adapter.type", "lora")
     if integer_alpha:
         writer.add_uint32("adapter.lora.alpha", 8)
     else:
         writer.add_float32("adapter.lora.alpha", 8.0)
     random = np.random.default_rng(seed)
-    writer.add_tensor(f"{name}.lora_a", random.normal(0, 1, (rank, WIDTH)).astype(np.float32))
-    writer.add_tensor(f"{name}.lora_b", random.normal(0, 1, (rows, rank)).astype(np.float32))
+    for half, shape in (("a", (rank, WIDTH)), ("b", (rows, rank))):
+        if half in halves:
+            writer.add_tensor(f"{name}.lora_{half}", random.normal(0, 1, shape).astype(dtype))
     finish(writer)
     return path
 
@@ -137,3 +145,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapter(tmp_path_factory.mktemp("adapter") / "tuned.gguf")
+
+
+@pytest.fixture(scope="session")
+def unfit(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Adapters that llama.cpp rejects or dies of on `model`, by what our own check says of them."""
+    at = tmp_path_factory.mktemp("unfit")
+    return {
+        "the architecture 'qwen2', the model": write_adapter(at / "arch.gguf", architecture="qwen2"),
+        "needs [4, 64] and [64, 4]": write_adapter(at / "shape.gguf", rows=32),
+        "a weight that the model lacks": write_adapter(at / "name.gguf", name="blk.7.attn_q.weight"),
+        "'adapter.lora.alpha' is stored as UINT32": write_adapter(at / "alpha.gguf", integer_alpha=True),
+        "general.type is 'model'": write_adapter(at / "type.gguf", kind="model"),
+        "has no .lora_b beside it": write_adapter(at / "half.gguf", halves="a"),
+        "stored as I32": write_adapter(at / "integers.gguf", dtype=np.int32),
+        "stored as F64": write_adapter(at / "doubles.gguf", dtype=np.float64),
+        "truncated": _cut(write_adapter(at / "cut.gguf")),
+    }
+
+
+@pytest.fixture(scope="session")
+def foreign(unfit: dict[str, Path]) -> dict[str, Path]:
+    """Those of `unfit` that are sound adapters of another model, which llama.cpp rejects without harm."""
+    return {told: file for told, file in unfit.items() if file.name in ("arch.gguf", "shape.gguf", "name.gguf")}
+
+
+def _cut(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-100])
+    return path

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from converters.errors import FileMissingError, FormatError, MissingLlamaError, UsageError
+from converters.errors import FileMissingError, FormatError, InputError, MissingLlamaError, UsageError
+from converters.fingerprint import fingerprint_gguf
+from safelora_gguf.report import InputReport
 from safelora_gguf.smoke import smoke_test, split_scale
-from safelora_gguf.smoke.inputs import SMALL_MODEL, default_threads
+from safelora_gguf.smoke.inputs import SMALL_MODEL, check_files, choose_adapters, default_threads
 
 
 @pytest.mark.parametrize(
@@ -53,9 +57,7 @@ def test_an_existing_path_is_not_split(tmp_path: Path) -> None:
         {"labels": ["one", "two"]},
     ],
 )
-def test_numbers_that_make_no_sense(tmp_path: Path, options: dict[str, object]) -> None:
-    model = tmp_path / "m.gguf"
-    model.write_bytes(b"GGUF")
+def test_numbers_that_make_no_sense(model: Path, options: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         smoke_test(model, **options)  # type: ignore[arg-type]
 
@@ -66,23 +68,62 @@ def test_a_scale_is_finite(tmp_path: Path, scale: float) -> None:
         smoke_test(tmp_path / "m.gguf", [(tmp_path / "a.gguf", scale)])
 
 
-def test_files_are_checked_before_anything_runs(tmp_path: Path) -> None:
-    good, text = tmp_path / "m.gguf", tmp_path / "m.txt"
-    good.write_bytes(b"GGUF")
+@pytest.fixture
+def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if llama.cpp is started."""
+    monkeypatch.setattr("safelora_gguf.smoke.measure.LlamaProcess", lambda _command: pytest.fail("llama.cpp started"))
+
+
+@pytest.mark.usefixtures("untouched")
+def test_files_are_checked_before_anything_runs(model: Path, tmp_path: Path) -> None:
+    text, cut = tmp_path / "m.txt", tmp_path / "cut.gguf"
     text.write_text("hello")
+    cut.write_bytes(model.read_bytes()[:20_000])
     with pytest.raises(FileMissingError):
         smoke_test(tmp_path / "none.gguf")
     with pytest.raises(FormatError, match="b'hell'"):
         smoke_test(text)
-    with pytest.raises(FormatError, match="directory"):
-        smoke_test(good, [tmp_path])
+    with pytest.raises(FormatError, match="truncated"):
+        smoke_test(cut)
+    with pytest.raises(FileMissingError, match="directory"):
+        smoke_test(model, [tmp_path])
     with pytest.raises(FileMissingError):
-        smoke_test(good, compare=[(tmp_path / "none.gguf", None)])
+        smoke_test(model, compare=[(tmp_path / "none.gguf", None)])
+    with pytest.raises(FormatError, match="truncated"):
+        smoke_test(model, compare=[(cut, None)])
 
 
-def test_without_llama_cpp_nothing_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tmp_path / "m.gguf"
-    model.write_bytes(b"GGUF")
+@pytest.mark.usefixtures("untouched")
+def test_what_llama_cpp_would_not_survive_ends_the_test_beforehand(
+    unfit: dict[str, Path], foreign: dict[str, Path], model: Path, adapter: Path
+) -> None:
+    for told, file in unfit.items() - foreign.items():
+        with pytest.raises(InputError, match=re.escape(told)) as caught:
+            smoke_test(model, [adapter, file])
+        assert caught.value.file == str(file)
+    with pytest.raises(FormatError, match="'adapter'"):
+        smoke_test(adapter)
+
+
+def test_every_file_is_reported_once_with_its_fingerprint(
+    tiny: Any, model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    other = tiny.model(tmp_path / "other.gguf", seed=3)
+    checked = check_files(model, choose_adapters([adapter, (adapter, 0.5)]), [other])
+    assert checked.inputs == tuple(
+        InputReport(role, str(path), "gguf", path.stat().st_size, fingerprint_gguf(path))
+        for role, path in (("model", model), ("compare", other), ("adapter", adapter))
+    )
+    assert checked.notes == ()
+
+
+def test_what_llama_cpp_ignores_is_noted(tiny: Any, model: Path, tmp_path: Path) -> None:
+    file = tiny.adapter(tmp_path / "norm.gguf", name="blk.0.attn_norm.weight", rows=1)
+    (note,) = check_files(model, choose_adapters([file])).notes
+    assert note.startswith("norm.gguf: llama.cpp loads and ignores blk.0.attn_norm.weight")
+
+
+def test_without_llama_cpp_nothing_is_started(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(MissingLlamaError, match="safelora-gguf"):
         smoke_test(model)

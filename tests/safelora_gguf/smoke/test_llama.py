@@ -13,6 +13,8 @@ import pytest
 
 from converters.errors import LlamaError, UnsupportedError
 from safelora_gguf.smoke import SmokeReport, smoke_test
+from safelora_gguf.smoke.measure import ModelPlan, RunPlan, measure
+from safelora_gguf.smoke.prompts import load_prompts
 from safelora_gguf.smoke.protocol import AdapterChoice, ModelOptions
 from safelora_gguf.smoke.runner import LlamaProcess
 
@@ -78,37 +80,56 @@ def test_the_beginning_of_sequence_stands_once(tiny: Any, model: Path, tmp_path:
     assert answers[0] == answers[1]
 
 
-def test_adapters_that_llama_cpp_rejects_are_told_and_the_rest_is_measured(
-    tiny: Any, model: Path, adapter: Path, prompts: Path, tmp_path: Path
+def test_what_headers_tell_is_what_llama_cpp_fails_on(
+    unfit: dict[str, Path], model: Path, adapter: Path, prompts: Path
 ) -> None:
-    bad = {
-        "mismatch": tiny.adapter(tmp_path / "arch.gguf", architecture="qwen2"),
-        "incorrect shape": tiny.adapter(tmp_path / "shape.gguf", rows=32),
-        "does not exist in base model": tiny.adapter(tmp_path / "name.gguf", name="blk.7.attn_q.weight"),
-        "(SIGABRT); its last words: gguf.cpp": tiny.adapter(tmp_path / "alpha.gguf", integer_alpha=True),
-        "expect general.type to be 'adapter'": model,
-    }
-    report = smoke_test(model, [*bad.values(), adapter], prompts=[prompts], threads=1, max_tokens=8)
-    failures = [run.failure for run in report.runs]
-    assert failures[0] is None and failures[-1] is None and report.runs[-1].refusal_rate is not None
-    for reason, failure, file in zip(bad, failures[1:-1], bad.values(), strict=True):
-        assert isinstance(failure, LlamaError)
-        assert reason in str(failure) and failure.file == str(file)
-    assert report.failure is failures[1]
+    """Our own check is passed by, so each of these reaches llama.cpp: none gets an answer, the rest is measured."""
+    files = [*unfit.values(), adapter]
+    runs = tuple(RunPlan(file.name, (AdapterChoice(str(file)),)) for file in files)
+    measured = measure([ModelPlan(ModelOptions(str(model), max_tokens=4), runs)], load_prompts([prompts]))
+    assert measured[-1].failure is None and measured[-1].refusal_rate is not None
+    failures = {run.label: run.failure for run in measured[:-1]}
+    for file in unfit.values():
+        assert isinstance(failures[file.name], LlamaError), file.name
+        assert file.name in str(failures[file.name])
+    for label, told in (
+        ("arch.gguf", "mismatch"),
+        ("shape.gguf", "incorrect shape"),
+        ("name.gguf", "does not exist in base model"),
+        ("alpha.gguf", "(SIGABRT); its last words: gguf.cpp"),
+        ("type.gguf", "expect general.type to be 'adapter'"),
+    ):
+        assert told in str(failures[label])
+
+
+def test_an_adapter_of_another_model_is_llama_cpps_to_reject_and_the_others_are_measured(
+    foreign: dict[str, Path], model: Path, adapter: Path, prompts: Path
+) -> None:
+    assert len(foreign) == 3
+    report = smoke_test(model, [*foreign.values(), adapter], prompts=[prompts], threads=1, max_tokens=4)
+    assert isinstance(report.failure, LlamaError)
+    assert report.failure.exit_status == 4
+    assert [run.failure is None for run in report.runs] == [True, False, False, False, True]
+    for told in foreign:
+        assert any(told in note for note in report.notes)
 
 
 def test_compared_models_run_first_and_one_that_llama_cpp_rejects_stops_nothing(
     tiny: Any, model: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    broken = tmp_path / "broken.gguf"
-    broken.write_bytes(model.read_bytes()[:2000])
+    broken = tiny.model(tmp_path / "broken.gguf", without="output_norm.weight")  # its header is sound
     other = tiny.model(tmp_path / "other.gguf", seed=3)
     report = smoke_test(model, compare=[(broken, None), (other, "twin")], prompts=[prompts], threads=1, max_tokens=8)
     assert [run.label for run in report.runs] == ["broken.gguf", "twin", "tiny.gguf"]
     assert [run.failure is None for run in report.runs] == [False, True, True]
-    assert "could not load the model" in str(report.failure)
+    assert isinstance(report.failure, LlamaError) and "could not load the model" in str(report.failure)
     assert report.runs[2].task_rate == 1.0
     assert texts(report, 1) != texts(report, 2)
+    assert [(item.role, item.path) for item in report.inputs] == [
+        ("model", str(model)),
+        ("compare", str(broken)),
+        ("compare", str(other)),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from converters.errors import LlamaError
+from safelora_gguf._version import __version__
 from safelora_gguf.smoke.prompts import Kind
 from safelora_gguf.smoke.report import PromptSummary, Response, Run, SmokeReport
 
@@ -68,7 +69,8 @@ def test_a_failed_run_has_no_rates_and_fails() -> None:
 
 def test_json_has_the_contract_s_fields() -> None:
     told = report(run(answer("harmful", True))).to_json()
-    assert list(told) == ["judge", "prompts", "runs", "verdict"]
+    assert list(told) == ["command", "version", "inputs", "judge", "prompts", "runs", "verdict", "notes"]
+    assert (told["command"], told["version"], told["inputs"]) == ("smoke", __version__, [])
     fields = ["label", "adapters", "refusal_rate", "over_refusal_rate", "task_rate", "undecided", "responses"]
     assert list(told["runs"][0]) == fields
     fields = ["id", "kind", "prompt", "text", "refused", "task_success", "refusal_score"]

@@ -196,7 +196,9 @@ def test_the_real_child_dies_with_its_parent() -> None:
         time.sleep(60)
         """
     )
-    with subprocess.Popen((sys.executable, "-c", parent), stdout=subprocess.PIPE) as process:
+    root = str(Path(__file__).resolve().parents[3])  # the package need not be installed
+    environment = {**os.environ, "PYTHONPATH": root}
+    with subprocess.Popen((sys.executable, "-c", parent), stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
         child = int(process.stdout.readline())
         assert not _gone(child)

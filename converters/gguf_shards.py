@@ -1,0 +1,42 @@
+"""Models split over several GGUF files, `name-00001-of-00003.gguf` and so on, named by their first."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from converters.errors import FormatError
+from converters.gguf_header import read_gguf_header
+from converters.gguf_metadata import GgufHeader
+
+_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+
+def read_gguf_headers(path: str | Path, what: str = "GGUF file") -> tuple[GgufHeader, ...]:
+    """The headers of a file, or of all shards where it is the first of several.
+
+    Raises:
+        FileMissingError: a shard can't be read.
+        FormatError: see `read_gguf_header`; or it is another than the first shard, is not named as one, or
+            two shards hold the same tensor.
+    """
+    first = read_gguf_header(path, what)
+    count = first.value("split.count")
+    if not isinstance(count, int) or count < 2:
+        return (first,)
+    if first.value("split.no") != 0:
+        raise FormatError(f"is shard {first.value('split.no')} of {count}; name the first shard", file=path)
+    match = _NAME.fullmatch(first.path.name)
+    if match is None or (int(match["number"]), int(match["count"])) != (1, count):
+        raise FormatError(f"is split into {count} files, so its name must end in -00001-of-{count:05}.gguf", file=path)
+    headers = [first]
+    seen = set(first.tensors)
+    for number in range(2, count + 1):
+        shard = first.path.with_name(f"{match['prefix']}-{number:05}-of-{count:05}.gguf")
+        header = read_gguf_header(shard, f"shard {number} of {count}")
+        for name in header.tensors:
+            if name in seen:
+                raise FormatError("stands in an earlier shard too", file=shard, tensor=name)
+        seen.update(header.tensors)
+        headers.append(header)
+    return tuple(headers)
