@@ -1,4 +1,7 @@
-"""How a command ends: every outcome becomes an exit status and, where it failed, one message on stderr."""
+"""How a command ends: every outcome becomes an exit status and, where it failed, one message on stderr.
+
+Part of the command line, as `terminal` is; nothing else prints.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ def _tell(message: str) -> None:
 
 def _print_json(name: str, kind: str, error: Error) -> None:
     told = {"kind": kind, "message": error.message, "file": error.file, "tensor": error.tensor}
-    print(json.dumps({"command": name, "version": __version__, "error": told}))  # noqa: T201
+    sys.stdout.write(json.dumps({"command": name, "version": __version__, "error": told}) + "\n")
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
