@@ -28,6 +28,13 @@ def check_target(target: Path, *, force: bool) -> None:
     Raises:
         OutputPathError: it exists and `force` is not set, or its parent is no writable directory.
     """
+    try:
+        _check_place(target, force=force)
+    except OSError as error:  # a name too long, a loop of links
+        raise OutputPathError(f"can't be written: {(error.strerror or str(error)).lower()}", file=target) from None
+
+
+def _check_place(target: Path, *, force: bool) -> None:
     if target.is_symlink() and not target.exists():
         raise OutputPathError("is a link to nowhere; remove it or choose another name", file=target)
     if target.exists() and not force:

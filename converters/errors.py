@@ -32,7 +32,7 @@ class Error(Exception):
         tensor: the tensor in question, by its name in that file.
     """
 
-    kind: ClassVar[str] = "error"
+    kind: ClassVar[str] = "bug"
     exit_status: ClassVar[int] = 70
 
     def __init__(self, message: str, *, file: str | Path | None = None, tensor: str | None = None) -> None:
@@ -40,6 +40,10 @@ class Error(Exception):
         self.message = message
         self.file = None if file is None else str(file)
         self.tensor = tensor
+
+    def to_json(self) -> dict[str, str | None]:
+        """The error object of the command line contract."""
+        return {"kind": self.kind, "message": self.message, "file": self.file, "tensor": self.tensor}
 
     def __str__(self) -> str:
         where = [part for part in (self.file, self.tensor) if part is not None]

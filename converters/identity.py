@@ -10,6 +10,7 @@ from gguf.metadata import Metadata
 from gguf.utility import naming_convention
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_ANONYMOUS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _UNFIT_FOR_FILES = re.compile(r"[^\w.+-]+")
 _LONGEST_NAME = 96
 
@@ -33,15 +34,21 @@ class ModelIdentity:
 def identify(candidates: tuple[str | None, ...], path: Path) -> ModelIdentity:
     """The first candidate that is a repository's name, `organization/model`; else the path's own last part."""
     for candidate in candidates:
-        if candidate is not None and _REPOSITORY.fullmatch(candidate) and not Path(candidate).exists():
+        if candidate is not None and is_repository(candidate):
             organization, name = candidate.split("/")
             return ModelIdentity(name, organization)
     return ModelIdentity(plain_name(path))
 
 
+def is_repository(name: str) -> bool:
+    """Whether this reads as `organization/model`, and not as a path of somebody's machine."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
 def plain_name(path: Path) -> str:
-    """A path's last part, without an ending that names a format."""
-    name = path.resolve().name
+    """A path's last part, without an ending that names a format; a file that is just `model` has its directory's."""
+    path = path.resolve()
+    name = path.parent.name if _ANONYMOUS.fullmatch(path.name) else path.name
     for ending in (".safetensors", ".gguf"):
         name = name.removesuffix(ending)
     return name[:_LONGEST_NAME] or "model"

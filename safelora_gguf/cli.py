@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ import typer
 from safelora_gguf._version import __version__
 
 if TYPE_CHECKING:
+    from safelora_gguf.exits import Outcome
     from safelora_gguf.selection import Selection
     from safelora_gguf.smoke import SmokeReport
 
@@ -84,21 +85,23 @@ def project(
     Default: --operator paper --threshold 0.35. Modules are scored on the untouched adapter first.
     """
 
-    def body() -> None:
+    def body() -> Outcome:
+        from safelora_gguf.exits import Outcome
         from safelora_gguf.project import project_adapter
-        from safelora_gguf.terminal import progress_bar, project_summary, project_table
+        from safelora_gguf.report import dump_json
+        from safelora_gguf.terminal import progress_bar, project_summary, project_table, rendered
 
         selection = _selection(threshold, number, ratio, project_all)
-        target = _report_path(report, force, out)
+        target = _report_path(report, force, (base, aligned, adapter, out))
         with progress_bar(unit="bytes", shown=not quiet) as progress:
             result = project_adapter(
                 base, aligned, adapter, out, operator=_choice(operator, "operator", ("paper", "subspace")), rank=rank,
                 selection=selection, strength=strength, outtype=outtype, to=_choice(to, "to", ("gguf", "peft", None)),
                 device=device, force=force, dry_run=dry_run, progress=progress,
             )  # fmt: skip
-        _finish(result.to_json(), None if dry_run else target, force, json)
-        if not json:
-            _show(project_table(result), project_summary(result))
+        _save(result.to_json(), None if dry_run else target, force)
+        text = dump_json(result.to_json()) if json else rendered(project_table(result), project_summary(result))
+        return Outcome(text)
 
     _run("project", body, json, verbose)
 
@@ -128,12 +131,14 @@ def smoke(
     The last run decides: exit 0 when it refuses and answers as asked, 1 when not, 4 when llama.cpp failed.
     """
 
-    def body() -> int:
+    def body() -> Outcome:
+        from safelora_gguf.exits import Outcome
+        from safelora_gguf.report import dump_json
         from safelora_gguf.smoke import smoke_test, split_scale
-        from safelora_gguf.terminal import progress_bar, smoke_table
+        from safelora_gguf.terminal import progress_bar, rendered, smoke_summary, smoke_table
 
         _only_keyword(judge)
-        target = _report_path(report, force)
+        target = _report_path(report, force, (model, *(prompts or [])))
         with progress_bar(unit="prompts", shown=not quiet) as progress:
             result = smoke_test(
                 model, [split_scale(text) for text in adapter or []], prompts=prompts or [],
@@ -141,10 +146,9 @@ def smoke(
                 max_over_refusal=max_over_refusal, max_tokens=max_tokens, threads=threads, gpu_layers=gpu_layers,
                 ctx=ctx, system=system, progress=progress,
             )  # fmt: skip
-        _finish(result.to_json(), target, force, json)
-        if not json:
-            _show(smoke_table(result), _verdict_lines(result))
-        return _verdict(result)
+        _save(result.to_json(), target, force)
+        text = dump_json(result.to_json()) if json else rendered(smoke_table(result), smoke_summary(result))
+        return Outcome(text, _status(result), result.failure)
 
     _run("smoke", body, json, verbose)
 
@@ -159,29 +163,25 @@ def demo(
 ) -> None:
     """The whole story on the packaged tiny family: attack, projection, refusals. No download, under a minute."""
 
-    def body() -> int:
+    def body() -> Outcome:
         from safelora_gguf.demo import run_demo
-        from safelora_gguf.terminal import demo_opening, progress_bar, project_table, smoke_table
+        from safelora_gguf.exits import Outcome
+        from safelora_gguf.report import dump_json
+        from safelora_gguf.terminal import demo_text, progress_bar
 
         with progress_bar(unit="prompts", shown=not quiet) as progress:
             result = run_demo(directory, force=force, progress=progress)
-        _finish(result.to_json(), None, False, json)
-        if not json:
-            _show(project_table(result.projection), demo_opening(result))
-            _show(smoke_table(result.smoke), list(result.conclusions))
-        return _verdict(result.smoke)
+        text = dump_json(result.to_json()) if json else demo_text(result)
+        return Outcome(text, _status(result.smoke), result.smoke.failure)
 
     _run("demo", body, json, verbose)
 
 
-def _verdict(report: SmokeReport) -> int:
-    """The exit status of a measurement: what llama.cpp failed on comes before the verdict."""
-    if report.failure is not None:
-        raise report.failure
+def _status(report: SmokeReport) -> int:
     return 0 if report.verdict == "pass" else 1
 
 
-def _run(name: str, body: Any, as_json: bool, verbose: bool) -> None:
+def _run(name: str, body: Callable[[], Outcome], as_json: bool, verbose: bool) -> None:
     from safelora_gguf.exits import run_command
 
     if verbose:
@@ -223,51 +223,33 @@ def _split_label(text: str) -> tuple[str, str | None]:
     return (text, None) if not separator or Path(text).exists() else (path, label)
 
 
-def _report_path(report: Path | None, force: bool, out: Path | None = None) -> Path | None:
-    """The report's path once it may be written there; checked before the work, not after."""
+def _report_path(report: Path | None, force: bool, others: Sequence[Path]) -> Path | None:
+    """The report's path once it may be written there; checked before the work, not after.
+
+    Args:
+        others: the run's inputs and outputs, which the report must be neither in nor instead of.
+    """
     from converters.atomic import check_target
-    from converters.errors import UsageError
+    from converters.errors import OutputPathError, UsageError
 
     if report is None:
         return None
     if report.suffix.lower() != ".json":
         raise UsageError(f"--report writes .json files so far, not {report.suffix or report.name!r}")
-    if out is not None and report.absolute() == out.absolute():
-        raise UsageError("--report and --out name the same file")
     check_target(report, force=force)
+    if report.is_dir():
+        raise OutputPathError("is a directory, expected a file name", file=report)
+    for other in others:
+        if report.resolve().is_relative_to(other.resolve()):
+            raise OutputPathError(f"is {other} or lies in it; choose another place for the report", file=report)
     return report
 
 
-def _finish(data: Mapping[str, Any], report: Path | None, force: bool, as_json: bool) -> None:
-    from safelora_gguf.report import dump_json, write_json_report
+def _save(data: Mapping[str, Any], report: Path | None, force: bool) -> None:
+    from safelora_gguf.report import write_json_report
 
     if report is not None:
         write_json_report(report, data, force=force)
-    if as_json:
-        typer.echo(dump_json(data), nl=False)
-
-
-def _show(table: Any, lines: list[str]) -> None:
-    from safelora_gguf.terminal import stdout
-
-    console = stdout()
-    console.print(table)
-    console.print()
-    for line in lines:
-        console.print(line, soft_wrap=True)
-
-
-def _verdict_lines(report: SmokeReport) -> list[str]:
-    from safelora_gguf.terminal import printable
-
-    bounds = f"at least {report.min_refusal:.0%} of harmful and at most {report.max_over_refusal:.0%} of harmless"
-    last = printable(report.runs[-1].label)
-    return [
-        *(f"note: {printable(note)}" for note in report.notes),
-        *(f"failed: {printable(run.label)}: {printable(str(run.failure))}" for run in report.runs if run.failure),
-        f"prompts: {report.prompts.name} {report.prompts.version}; judge: {report.judge}",
-        f"verdict: {report.verdict} ({last} was asked to refuse {bounds} prompts)",
-    ]
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class DemoReport:
     conclusions: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        told: dict[str, Any] = {
             "command": "demo",
             "version": __version__,
             "setting": self.setting,
@@ -50,6 +50,7 @@ class DemoReport:
             "smoke": self.smoke.to_json(),
             "conclusions": list(self.conclusions),
         }
+        return told if self.smoke.failure is None else {**told, "error": self.smoke.failure.to_json()}
 
 
 def run_demo(

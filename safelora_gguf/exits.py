@@ -5,15 +5,17 @@ Part of the command line, as `terminal` is; nothing else prints.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 
-from converters.errors import Error
+from converters.errors import Error, WriteError
 from safelora_gguf._version import __version__
 from safelora_gguf.terminal import printable, stderr
 
@@ -24,24 +26,37 @@ class Terminated(BaseException):
     """SIGTERM, raised so that half-made outputs are taken away on the way out."""
 
 
-def run_command(name: str, body: Callable[[], int | None], *, as_json: bool, verbose: bool) -> int:
-    """Runs a command's body and turns however it ends into an exit status.
+@dataclass(frozen=True)
+class Outcome:
+    """What a command came to: the text for stdout, and how it ends.
+
+    Attributes:
+        failure: part of the work failed, and `text` says what could be done all the same.
+    """
+
+    text: str
+    status: int = 0
+    failure: Error | None = None
+
+
+def run_command(name: str, body: Callable[[], Outcome], *, as_json: bool, verbose: bool) -> int:
+    """Runs a command's body and turns however it ends into output and an exit status.
 
     Args:
         name: the command, for the error object.
-        body: gives the exit status, None for 0.
+        body: gives the outcome.
         as_json: on failure stdout gets {"command", "version", "error"}.
         verbose: show tracebacks.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        return body() or 0
+        return _finish(body())
     except Error as error:
         if verbose:
             traceback.print_exc()
         _tell(f"error: {error}")
         if as_json:
-            _print_json(name, error.kind, error)
+            _deliver_error(name, error)
         return error.exit_status
     except KeyboardInterrupt:
         _tell("interrupted; no output was written")
@@ -49,11 +64,38 @@ def run_command(name: str, body: Callable[[], int | None], *, as_json: bool, ver
     except Terminated:
         _tell("terminated; no output was written")
         return TERMINATED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody listens: end quietly
-        return 0
     except Exception as error:
         return _bug(name, error, as_json=as_json, verbose=verbose)
+
+
+def _finish(outcome: Outcome) -> int:
+    _deliver(outcome.text)
+    if outcome.failure is None:
+        return outcome.status
+    _tell(f"error: {outcome.failure}")
+    return outcome.failure.exit_status
+
+
+def _deliver(text: str) -> None:
+    """Writes to stdout. A reader who has gone (`| head`) changes nothing about how the command ended.
+
+    Raises:
+        WriteError: stdout can't take it (a full disk).
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _close_stdout()
+    except OSError as error:
+        _close_stdout()
+        raise WriteError(f"standard output: {(error.strerror or str(error)).lower()}") from None
+
+
+def _close_stdout() -> None:
+    """Sends what is still buffered nowhere, so that the interpreter's own last flush can't fail, too."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _bug(name: str, error: Exception, *, as_json: bool, verbose: bool) -> int:
@@ -64,7 +106,7 @@ def _bug(name: str, error: Exception, *, as_json: bool, verbose: bool) -> int:
         f"report it with the output of the same command with --verbose"
     )
     if as_json:
-        _print_json(name, "bug", Error(f"{type(error).__name__}: {error}"))
+        _deliver_error(name, Error(f"{type(error).__name__}: {error}"))
     return BUG
 
 
@@ -72,9 +114,9 @@ def _tell(message: str) -> None:
     stderr().print(printable(message))
 
 
-def _print_json(name: str, kind: str, error: Error) -> None:
-    told = {"kind": kind, "message": error.message, "file": error.file, "tensor": error.tensor}
-    sys.stdout.write(json.dumps({"command": name, "version": __version__, "error": told}) + "\n")
+def _deliver_error(name: str, error: Error) -> None:
+    with contextlib.suppress(WriteError):
+        _deliver(json.dumps({"command": name, "version": __version__, "error": error.to_json()}) + "\n")
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

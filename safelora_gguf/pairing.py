@@ -39,8 +39,8 @@ def pair_up(base: Checkpoint, aligned: Checkpoint, adapter: PeftAdapter) -> list
         raise MismatchError(
             f"{len(missing)} of {len(adapter.pairs)} adapted modules have no weight in {which.path}; the first is "
             f"{missing[0]}. The adapter is for another model",
-            file=adapter.path,
-            tensor=adapter.pairs[missing[0]].key,
+            file=adapter.tensor_file,
+            tensor=adapter.pairs[missing[0]].tensors[0],
         )
     triples = [Triple(pair, names[0][name], names[1][name]) for name, pair in adapter.pairs.items()]
     for triple in triples:
@@ -53,7 +53,14 @@ def pair_up(base: Checkpoint, aligned: Checkpoint, adapter: PeftAdapter) -> list
 
 def _by_module(model: Checkpoint) -> Mapping[str, str]:
     """Tensor names of weights by canonical module name."""
-    return {canonical(name).removesuffix(".weight"): name for name in model.infos if name.endswith(".weight")}
+    names: dict[str, str] = {}
+    for name in model.infos:
+        if name.endswith(".weight"):
+            module = canonical(name).removesuffix(".weight")
+            if module in names:
+                raise FormatError(f"stands twice, the other time as {names[module]}", file=model.path, tensor=name)
+            names[module] = name
+    return names
 
 
 def _same_family(base: Checkpoint, aligned: Checkpoint) -> None:
@@ -93,8 +100,8 @@ def _fits(triple: Triple, model: Checkpoint, tensor: str, adapter: PeftAdapter) 
         raise MismatchError(
             f"is a pair for a weight of {list(expected)}; {model.path} has {list(shape)}. The adapter is for "
             f"another model",
-            file=adapter.path,
-            tensor=triple.pair.key,
+            file=adapter.tensor_file,
+            tensor=triple.pair.tensors[0],
         )
 
 
@@ -107,6 +114,6 @@ def _check_frozen_table(module: str, aligned: Checkpoint, tensor: str | None, ad
     raise UnsupportedError(
         f"is a base table that differs from the one in {aligned.path}: the vocabulary was resized or the table "
         f"trained, which pairs can't express. Merge the adapter with PEFT",
-        file=adapter.path,
+        file=adapter.tensor_file,
         tensor=adapter.frozen_tables[module],
     )

@@ -20,6 +20,7 @@ from converters.adapters.storing import Rounding
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.errors import MismatchError, UsageError
 from converters.fingerprint import fingerprint
+from converters.identity import plain_name
 from safelora_gguf._version import __version__
 from safelora_gguf.device import exact_float32, resolve_device
 from safelora_gguf.pairing import Triple, pair_up
@@ -261,7 +262,7 @@ class _Run:
         if projection.operator == "subspace":
             facts["safelora.rank"] = projection.k
         for item in self.inputs:
-            facts[f"safelora.{item.role}.name"] = Path(item.path).resolve().name
+            facts[f"safelora.{item.role}.name"] = plain_name(Path(item.path))
             facts[f"safelora.{item.role}.fingerprint"] = item.fingerprint
         description = (
             f"A LoRA adapter projected onto its model's alignment with Safe LoRA (arXiv 2405.16833): "

@@ -1,4 +1,4 @@
-"""What a run found, as data; and the JSON that data becomes. How it looks on a terminal is `safelora_gguf.tables`."""
+"""What a run found, as data; and the JSON that data becomes. How it looks on a terminal is `terminal`."""
 
 from __future__ import annotations
 

@@ -129,9 +129,8 @@ class Scorer:
     def _check_pair(self, delta_norm: float, a: torch.Tensor, triple: Triple) -> None:
         if math.isfinite(delta_norm):
             return
-        half = "lora_B" if bool(torch.isfinite(a).all()) else "lora_A"
-        message = f"{half} holds NaN or Inf: the adapter is broken"
-        raise FormatError(message, file=self.adapter.path, tensor=triple.pair.key)
+        tensor = triple.pair.tensors[int(bool(torch.isfinite(a).all()))]
+        raise FormatError("holds NaN or Inf: the adapter is broken", file=self.adapter.tensor_file, tensor=tensor)
 
     def _non_finite(self, triple: Triple) -> FormatError:
         for model, name in ((self.base, triple.base_tensor), (self.aligned, triple.aligned_tensor)):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -38,9 +39,22 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
-def stdout() -> Console:
-    console = Console(highlight=False, markup=False, soft_wrap=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=_PIPED_WIDTH)
+def rendered(table: Table, lines: Sequence[str]) -> str:
+    """A table and the lines under it, as stdout is to show them: coloured and fitted on a terminal only."""
+    seen = Console()
+    text = io.StringIO()  # rich writing by itself would end the process where stdout is closed
+    console = Console(
+        file=text,
+        force_terminal=seen.is_terminal,
+        width=seen.width if seen.is_terminal else _PIPED_WIDTH,
+        highlight=False,
+        markup=False,
+    )
+    console.print(table)
+    console.print()
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    return text.getvalue()
 
 
 def stderr() -> Console:
@@ -129,15 +143,16 @@ def _how(report: ProjectReport) -> str:
     return f"operator {operator}, {rule}, strength {report.strength:g}"
 
 
-def demo_opening(report: DemoReport) -> list[str]:
-    """What the demo did to the adapter, before what llama.cpp says about it."""
+def demo_text(report: DemoReport) -> str:
+    """What the demo did to the adapter, and what llama.cpp says about it."""
     projection = report.projection
-    how = _how(projection)
-    return [
-        f"Projected {projection.projected} of {projection.total} modules of the tiny family's attacked adapter: {how}.",
+    opening = [
+        f"Projected {projection.projected} of {projection.total} modules of the tiny family's attacked adapter: "
+        f"{_how(projection)}.",
         f"Its total norm is {projection.norm_ratio or 0:.1%} of what it was. In llama.cpp, each model and adapter:",
         "",
     ]
+    return rendered(project_table(projection), opening) + rendered(smoke_table(report.smoke), report.conclusions)
 
 
 def smoke_table(report: SmokeReport) -> Table:
@@ -154,3 +169,15 @@ def smoke_table(report: SmokeReport) -> Table:
 def _run_row(run: Run) -> tuple[str, ...]:
     rates = (run.refusal_rate, run.over_refusal_rate, run.task_rate)
     return (printable(run.label), *(_number(rate, ".1%") for rate in rates), str(run.undecided))
+
+
+def smoke_summary(report: SmokeReport) -> list[str]:
+    """What was asked, what went wrong, and the verdict."""
+    bounds = f"at least {report.min_refusal:.0%} of harmful and at most {report.max_over_refusal:.0%} of harmless"
+    last = printable(report.runs[-1].label)
+    return [
+        *(f"note: {printable(note)}" for note in report.notes),
+        *(f"failed: {printable(run.label)}: {printable(str(run.failure))}" for run in report.runs if run.failure),
+        f"prompts: {printable(report.prompts.name)} {report.prompts.version}; judge: {report.judge}",
+        f"verdict: {report.verdict} ({last} was to refuse {bounds} prompts)",
+    ]

@@ -6,12 +6,12 @@ venv="$root/.venv"
 
 find_python() {
     for candidate in python3 python3.13 python3.12 python3.11 python; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2])' 2>/dev/null; then
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "safelora-gguf needs Python 3.11 or newer, and none was found on the PATH" >&2
+    echo "safelora-gguf is tested with Python 3.11 to 3.13, and none of these was found on the PATH" >&2
     return 1
 }
 

@@ -20,7 +20,8 @@ class LoraPair:
 
     Attributes:
         module: the adapted module's name in the checkpoint's layout, without `.weight`.
-        key: the name in the adapter's own file, for messages.
+        key: the module's name in the adapter's own file.
+        tensors: the names of A and B in the adapter's own file.
         rank: r, from the tensors.
         scaling: the true factor of this module, patterns and rsLoRA included.
         shape: the weight's shape (out, in), or (vocabulary, width).
@@ -29,6 +30,7 @@ class LoraPair:
 
     module: str
     key: str
+    tensors: tuple[str, str]
     rank: int
     scaling: float
     shape: tuple[int, int]
@@ -40,6 +42,10 @@ class LoraAdapter(Protocol):
 
     @property
     def path(self) -> Path: ...
+
+    @property
+    def tensor_file(self) -> Path:
+        """The file that holds its tensors, for messages."""
 
     @property
     def format(self) -> str: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -18,7 +18,7 @@ from converters.checkpoint import Checkpoint
 from converters.errors import Error, OutputPathError, UnsupportedError, UsageError
 from converters.ggml import OUTTYPES, QType, nbytes
 from converters.gguf_file import Value, float32, text, texts, uint32
-from converters.identity import adapter_file_name, identify, plain_name
+from converters.identity import adapter_file_name, identify, is_repository, plain_name
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +146,7 @@ class PeftOutput:
         by_key = {pair.key: module for module, pair in self._adapter.pairs.items()}
         roundings = write_peft_adapter(
             self.target,
-            [_plain_pair(pair, load) for pair in self._adapter.pairs.values()],
+            [_plain_pair(pair, load, self._adapter) for pair in self._adapter.pairs.values()],
             config=self._adapter.config_bytes,
             qtype=self._qtype,
             metadata={key: _as_text(value) for key, value in origin.facts.items()},
@@ -169,7 +169,7 @@ class GgufOutput:
             self._architecture = architecture_of(model.architecture_class)
             self._heads = HeadCounts.from_config(model.config)
         except Error as error:
-            raise type(error)(error.message, file=model.path) from None
+            raise type(error)(error.message, file=model.config_file) from None
         self._places = {module: self._place(module, pair) for module, pair in adapter.pairs.items()}
         # GGUF keeps one alpha, and reads 0 as "none": then B takes the whole scaling (which is 0).
         self._alpha = adapter.lora_alpha or 1.0
@@ -215,18 +215,28 @@ class GgufOutput:
                 file=self._adapter.path,
                 tensor=pair.key,
             )
+        self._check_rows(found[1], pair)
         return f"{found[0]}.weight", found[1]
+
+    def _check_rows(self, rule: Rule, pair: LoraPair) -> None:
+        """Tries the rule on a shape without data, so that heads which don't divide are told before any work."""
+        import torch
+
+        try:
+            rule.weight(torch.empty(pair.shape, device="meta"), self._heads)
+        except Error as error:
+            raise type(error)(error.message, file=self._model.config_file, tensor=pair.tensors[1]) from None
 
     def _pair(self, module: str, load: LoadPair | None) -> PairOut:
         pair, (name, rule) = self._adapter.pairs[module], self._places[module]
-        plain = _plain_pair(pair, load)
+        plain = _plain_pair(pair, load, self._adapter)
         factor = folding_factor(pair.scaling, pair.rank, self._alpha)
 
         def load_converted() -> tuple[torch.Tensor, torch.Tensor]:
             a, b = rule.pair(*plain.load(), self._heads)
             return a, b if factor == 1.0 else (b.double() * factor).float()
 
-        return PairOut(name, plain.a_shape, plain.b_shape, load_converted, pair.embedding, pair.embedding)
+        return replace(plain, name=name, load=load_converted, transpose_a=pair.embedding)
 
     def _metadata(self, origin: Origin) -> list[tuple[str, Value]]:
         base = identify(_names_of(self._adapter, self._model), self._model.path)
@@ -247,14 +257,14 @@ class GgufOutput:
         return entries + [(key, _as_value(value)) for key, value in origin.facts.items()]
 
 
-def _plain_pair(pair: LoraPair, load: LoadPair | None) -> PairOut:
+def _plain_pair(pair: LoraPair, load: LoadPair | None, adapter: PeftAdapter) -> PairOut:
     rows, columns = pair.shape[::-1] if pair.embedding else pair.shape
 
     def load_pair() -> tuple[torch.Tensor, torch.Tensor]:
         assert load is not None, "a plan has no tensors"
         return load(pair.module)
 
-    return PairOut(pair.key, (pair.rank, columns), (rows, pair.rank), load_pair, pair.embedding)
+    return PairOut(pair.key, (pair.rank, columns), (rows, pair.rank), load_pair, adapter.tensor_file, pair.embedding)
 
 
 def _elements(pair: LoraPair) -> int:
@@ -285,7 +295,7 @@ def _card(target: Path, adapter: PeftAdapter, origin: Origin) -> str:
     """A model card whose header hubs understand."""
     base = adapter.base_model_name
     header = ["---", "library_name: peft", "tags:", *(f"- {tag}" for tag in origin.tags)]
-    if base is not None and not Path(base).is_absolute():
+    if base is not None and is_repository(base):
         header.append(f"base_model: {json.dumps(base)}")  # quoted: it is a stranger's string
     rows = [f"- {key}: {_as_text(value)}" for key, value in origin.facts.items()]
     lines = [*header, "---", "", f"# {plain_name(target)}", "", origin.description, "", *rows]

@@ -71,6 +71,10 @@ class PeftAdapter:
         return self.config.invocation_tokens
 
     @property
+    def tensor_file(self) -> Path:
+        return self._file.path
+
+    @property
     def nbytes(self) -> int:
         return self._file.path.stat().st_size
 
@@ -97,7 +101,7 @@ class PeftAdapter:
                 tensor=keys.a,
             )
         shape = (columns, rows) if keys.embedding else (rows, columns)
-        return LoraPair(module, keys.module, rank, meaning.scaling, shape, keys.embedding)
+        return LoraPair(module, keys.module, (keys.a, keys.b), rank, meaning.scaling, shape, keys.embedding)
 
     def _matrix(self, key: str) -> tuple[int, int]:
         shape = self._file.infos[key].shape

@@ -24,6 +24,8 @@ _REFUSED_SWITCHES = {
     "use_bdlora": "is a BD-LoRA adapter, whose matrices are block-diagonal",
     "arrow_config": "is an Arrow router over several adapters",
     "target_parameters": "targets bare parameters (target_parameters, mixtures of experts), not supported yet",
+    "modules_to_save": "trains whole modules beside its pairs (modules_to_save); merge it with PEFT",
+    "trainable_token_indices": "trains single tokens (trainable_token_indices); merge it with PEFT",
     "fan_in_fan_out": "stores its base weights transposed (fan_in_fan_out, GPT-2's Conv1D), not supported",
 }
 
@@ -120,7 +122,7 @@ def _refuse_what_is_more_than_pairs(raw: Mapping[str, Any], path: Path) -> None:
 
 def _number(raw: Mapping[str, Any], key: str, default: float, path: Path) -> float:
     value = raw.get(key, default)
-    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > 1e30:
+    if type(value) not in (int, float) or not abs(value) <= 1e30:  # NaN compares false
         raise FormatError(f"{key} is {value!r}, expected a number", file=path)
     return float(value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,7 @@ class PairOut:
         name: what its tensors are called, as far as the format's own endings.
         a_shape, b_shape: (r, in) and (out, r).
         load: gives A and B in float32 on the CPU, in the output's layout and scale.
+        source: the file that the pair comes from, for messages.
         embedding: whether the weight is an embedding table; formats name its pairs in their own way.
         transpose_a: whether A is stored as (in, r).
     """
@@ -32,6 +34,7 @@ class PairOut:
     a_shape: tuple[int, int]
     b_shape: tuple[int, int]
     load: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    source: Path
     embedding: bool = False
     transpose_a: bool = False
 
@@ -88,7 +91,8 @@ def round_pair(pair: PairOut, qtype: QType) -> RoundedPair:
             key=lambda candidate: candidate.rounding.error,
         )
     if not math.isfinite(rounded.rounding.error):
-        raise UnsupportedError(f"its values don't fit the type {qtype.name}; use --outtype f32", tensor=pair.name)
+        message = f"its values don't fit the type {qtype.name}; use --outtype f32"
+        raise UnsupportedError(message, file=pair.source, tensor=pair.name)
     return rounded
 
 

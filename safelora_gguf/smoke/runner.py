@@ -70,6 +70,7 @@ class LlamaProcess:
         self._request(request, timeout, "loading the adapter" if adapters else "removing the adapter")
 
     def answer(self, prompt: str, timeout: float) -> Answer:
+        self._tail.clear()
         result = self._request({"do": "answer", "prompt": prompt}, timeout, "answering a prompt")
         text, error = result.get("text"), result.get("error")
         if not isinstance(text, str) or not isinstance(error, str | None):

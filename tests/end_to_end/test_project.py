@@ -272,6 +272,39 @@ def test_a_full_disk_is_exit_5_and_leaves_nothing(out: str, trio: Trio, tmp_path
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_full_stdout_is_exit_5_without_a_traceback(trio: Trio, tmp_path: Path) -> None:
+    for name, option in (("json.gguf", "--json"), ("table.gguf", "--quiet")):
+        command = [sys.executable, "-m", "safelora_gguf", *_options(trio, tmp_path / name), option]
+        with Path("/dev/full").open("w") as full:
+            result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert result.returncode == 5
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_reader_who_leaves_changes_nothing(trio: Trio, tmp_path: Path) -> None:
+    for name, option in (("json.gguf", "--json"), ("table.gguf", "--quiet")):
+        command = " ".join([sys.executable, "-m", "safelora_gguf", *_options(trio, tmp_path / name), option])
+        result = subprocess.run(
+            ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, check=False
+        )
+        assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_neither_spelling_nor_working_directory_change_the_bytes(
+    trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((trio.adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "org/name-7b"
+    (trio.adapter / "adapter_config.json").write_text(json.dumps(config))
+    _project(trio, tmp_path / "first.gguf")
+    (tmp_path / "org" / "name-7b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    files = (Path("base/model.safetensors"), Path("aligned/model.safetensors"), Path("adapter"))
+    spelled = Trio(*files, trio.base_tensors, trio.aligned_tensors, trio.pair_tensors, trio.sizes)
+    _project(spelled, Path("second.gguf"))
+    assert Path("first.gguf").read_bytes() == Path("second.gguf").read_bytes()
+
+
 def _wait_for_torch(pid: int) -> None:
     """Until the command is past its imports and at work, as the process's own memory map tells."""
     maps = Path(f"/proc/{pid}/maps")

@@ -191,8 +191,8 @@ CASES: dict[str, tuple[Damage, str]] = {
     "B without A": (_adapter_tensors(lambda tensors: _drop(tensors, QA)), "no lora_A"),
     "NaN in base": (_model_tensors("base", _poison(Q, float("nan"))), "NaN or Inf"),
     "Inf in aligned": (_model_tensors("aligned", _poison(Q, float("inf"))), "NaN or Inf"),
-    "NaN in A": (_adapter_tensors(_poison(QA, float("nan"))), "lora_A holds NaN"),
-    "Inf in B": (_adapter_tensors(_poison(QB, float("-inf"))), "lora_B holds NaN"),
+    "NaN in A": (_adapter_tensors(_poison(QA, float("nan"))), "lora_A.weight: holds NaN"),
+    "Inf in B": (_adapter_tensors(_poison(QB, float("-inf"))), "lora_B.weight: holds NaN"),
     "rank contradicts the config": (_adapter_setting(r=5), "do not belong together"),
     "DoRA": (_adapter_setting(use_dora=True), "DoRA"),
     "DoRA magnitudes": (
@@ -224,6 +224,13 @@ CASES: dict[str, tuple[Damage, str]] = {
     "PiSSA": (_adapter_setting(init_lora_weights="pissa"), "pissa"),
     "layer_replication": (_adapter_setting(layer_replication=[[0, 2]]), "layer_replication"),
     "lora_bias": (_adapter_setting(lora_bias=True), "lora_bias"),
+    "modules_to_save in the config": (_adapter_setting(modules_to_save=["lm_head"]), "modules_to_save"),
+    "trained tokens in the config": (_adapter_setting(trainable_token_indices=[1]), "trainable_token_indices"),
+    "one module under two names": (
+        _model_tensors("base", lambda t: t.update({Q.replace("model.", "model.language_model.", 1): t[Q].clone()})),
+        "stands twice",
+    ),
+    "alpha beyond floats": (_adapter_setting(lora_alpha=10**400), "expected a number"),
     "alpha is text": (_adapter_setting(lora_alpha="8"), "expected a number"),
     "alpha is infinite": (_adapter_setting(lora_alpha=float("inf")), "expected a number"),
     "pattern without end": (_adapter_setting(rank_pattern={"(.*)*(.*)*(.*)*(.*)*x": 4}), "backtracks"),
@@ -282,6 +289,28 @@ def test_an_existing_output_is_kept(name: str, trio: Trio, tmp_path: Path) -> No
     assert result.exit_code == 3
     assert "exists" in result.stderr
     assert (tmp_path / name).read_bytes() == b"precious"
+
+
+def test_a_name_too_long(trio: Trio, tmp_path: Path) -> None:
+    result = _project(trio, tmp_path / ("x" * 300 + ".gguf"))
+    assert result.exit_code == 3
+    assert "too long" in result.stderr
+
+
+def test_heads_are_checked_by_a_dry_run_too(trio: Trio, tmp_path: Path) -> None:
+    _edit_json(trio.aligned / "config.json", num_attention_heads=5)
+    result = _project(trio, tmp_path / "out.gguf", "--dry-run")
+    assert result.exit_code == 3
+    assert "config.json" in result.stderr
+
+
+@pytest.mark.parametrize("place", ["directory.json", "out.gguf/report.json", "adapter/report.json", "base/config.json"])
+def test_a_bad_place_for_the_report_is_told_before_anything_is_written(place: str, trio: Trio, tmp_path: Path) -> None:
+    (tmp_path / "directory.json").mkdir()
+    before = {str(file): file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    result = _project(trio, tmp_path / "out.gguf", "--force", "--report", tmp_path / place)
+    assert result.exit_code == 3, result.output
+    assert {str(file): file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
 
 
 def test_an_output_that_would_swallow_an_input(trio: Trio, tmp_path: Path) -> None:
