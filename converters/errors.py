@@ -85,8 +85,8 @@ class MissingLlamaError(InputError):
 
     def __init__(self, purpose: str) -> None:
         super().__init__(
-            f"{purpose} runs llama.cpp, and llama-cpp-python is not installed or does not load; install it with "
-            f"pip install 'safelora-gguf[llama]' (it compiles for some minutes and needs a C++ compiler)"
+            f"{purpose} runs llama.cpp, and llama-cpp-python is not installed or does not load; install the extra "
+            f"safelora-gguf[llama], or: pip install llama-cpp-python (it compiles for minutes, with a C++ compiler)"
         )
 
 

@@ -7,6 +7,7 @@ the row order of the inputs, and only the small pairs are brought into the outpu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ from safelora_gguf.projection import blend
 from safelora_gguf.report import InputReport, ModuleReport, OutputReport, ProjectReport
 from safelora_gguf.scoring import Operator, Progress, Score, Scorer, norm_of
 from safelora_gguf.selection import Selection, select
+
+logger = logging.getLogger(__name__)
 
 _PAPER_THRESHOLD = 0.35
 _SUBSPACE_RANK = 6
@@ -138,6 +141,7 @@ def project_adapter(
                 f"model must differ from the base",
                 file=references[1].path,
             )
+        logger.debug("scored %d modules on %s", len(scores), where)
         chosen = select({name: score.cosine for name, score in scores.items()}, projection.rule)
         roundings = run.write(scores, chosen)
     return run.report(scores, chosen, roundings)

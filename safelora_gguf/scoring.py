@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from safelora_gguf.projection import (
     paper_operator,
     subspace_operator,
 )
+
+logger = logging.getLogger(__name__)
 
 Operator = Literal["paper", "subspace"]
 Progress = Callable[[int, int, str], None]
@@ -85,7 +88,8 @@ class Scorer:
                 progress(sum(sizes[:place]), sum(sizes), triple.pair.module)
             if place + 1 < len(triples):  # the disk reads the next weights while this one is multiplied
                 self._prefetch(triples[place + 1])
-            scores[triple.pair.module] = self._score(triple, buffer)
+            score = scores[triple.pair.module] = self._score(triple, buffer)
+            logger.debug("%s: cosine %s, |V| %.4g", triple.pair.module, score.cosine, score.alignment_norm)
         if progress:
             progress(sum(sizes), sum(sizes), "")
         return scores

@@ -70,7 +70,10 @@ def _match_in_child(patterns: Sequence[str], modules: Sequence[str], path: Path)
     command = [sys.executable, "-I", "-c", _CHILD]
     try:
         answer = subprocess.run(command, input=question, capture_output=True, text=True, timeout=_SECONDS, check=True)
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip().rpartition("\n")[2]
+        raise FormatError(f"rank_pattern or alpha_pattern can't be matched: {said[:200]}", file=path) from None
+    except subprocess.TimeoutExpired:
         raise FormatError(
             "a regular expression in rank_pattern or alpha_pattern backtracks without end on this adapter's module "
             "names (PEFT would hang, too); write the modules' names instead",
