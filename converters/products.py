@@ -13,13 +13,13 @@ import torch
 
 def gram(a: torch.Tensor) -> torch.Tensor:
     """A A^T (r, r) in float64 for A (r, in)."""
-    wide = a.detach().to("cpu", torch.float64)
+    wide = a.detach().cpu().to(torch.float64)
     return wide @ wide.T
 
 
 def inner(b: torch.Tensor, c: torch.Tensor, gram_a: torch.Tensor) -> float:
     """<B A, C A>_F from B and C (out, r) and A's Gram matrix (r, r)."""
-    left, right = (factor.detach().to("cpu", torch.float64) for factor in (b, c))
+    left, right = (factor.detach().cpu().to(torch.float64) for factor in (b, c))
     return float(((left.T @ right) * gram_a).sum())
 
 
@@ -34,7 +34,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor, a_stored: torch.Tensor, b_s
 
     Uses B' A' - B A = (B' - B) A' + B (A' - A), so that nothing cancels.
     """
-    a, b, a_stored, b_stored = (factor.to("cpu", torch.float64) for factor in (a, b, a_stored, b_stored))
+    a, b, a_stored, b_stored = (factor.cpu().to(torch.float64) for factor in (a, b, a_stored, b_stored))
     columns = torch.cat([b_stored - b, b], dim=1)
     rows = torch.cat([a_stored, a_stored - a], dim=0)
     error, size = norm(columns, gram(rows)), norm(b, gram(a))

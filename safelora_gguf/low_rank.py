@@ -44,13 +44,15 @@ def leading_subspace(
     """The top k left singular vectors of V.
 
     Args:
-        v: (out, in), float32, any device, not all zero.
+        v: (out, in), float32, any device (the result may come on the CPU instead), not all zero.
         k: how many, 1 to min(out, in).
         tolerance: the residual to reach in units of the gap behind k (of 1e-2 where the gap is smaller), so
             that the subspace itself is right to about this angle.
         max_iterations: products with V V^T before the direct decomposition takes over.
         seed: of the starting block; equal inputs give equal results.
     """
+    if v.device.type == "mps":  # has no float64
+        v = v.cpu()
     if min(v.shape) <= max(_SMALL, 2 * (k + _OVERSAMPLING)):
         return _direct(v, k)
     generator = torch.Generator().manual_seed(seed)
@@ -62,8 +64,7 @@ def leading_subspace(
         rank = min(k, _rank(values))
         residual = _residual(v, block[:, :rank], values[:rank])
         if dtype == torch.float32 and residual < _SWITCH:
-            v, dtype = _with_float64(v), torch.float64
-            block = block.to(v.device)
+            dtype = torch.float64
         elif dtype == torch.float64 and residual <= tolerance * _gap(values, rank):
             return _cut(block, values, rank, residual, iterations)
     return _direct(v, k)
@@ -113,22 +114,17 @@ def _times(matrix: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     return torch.cat([part.to(block.dtype) @ block for part in torch.split(matrix, _ROWS)])
 
 
-def _with_float64(v: torch.Tensor) -> torch.Tensor:
-    return v.cpu() if v.device.type == "mps" else v
-
-
 def _direct(v: torch.Tensor, k: int) -> LeadingSubspace:
     """All singular vectors from the Gram matrix of the smaller side in float64, the top k of them kept."""
-    wide = _with_float64(v)
-    tall = wide.shape[0] > wide.shape[1]
-    gram = _gram64(wide.T if tall else wide)
+    tall = v.shape[0] > v.shape[1]
+    gram = _gram64(v.T if tall else v)
     squares, vectors = torch.linalg.eigh(gram)
     values = squares.flip(0).clamp(min=0).sqrt()
     rank = min(k, _rank(values))
     vectors = vectors.flip(1)[:, :rank]
     if tall:
-        vectors = torch.linalg.qr(_times(wide, vectors))[0]
-    return _cut(vectors, values, rank, _residual(wide, vectors, values[:rank]), 0)
+        vectors = torch.linalg.qr(_times(v, vectors))[0]
+    return _cut(vectors, values, rank, _residual(v, vectors, values[:rank]), 0)
 
 
 def _gram64(matrix: torch.Tensor) -> torch.Tensor:

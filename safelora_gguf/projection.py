@@ -44,7 +44,7 @@ def alignment_matrix(
         block = v[start : start + rows].copy_(aligned[start : start + rows])
         block.sub_(scratch[: block.shape[0]].copy_(base[start : start + rows]))
         norms.append(_segment_norms(block.view(-1)))
-    return v, float(torch.linalg.vector_norm(torch.cat(norms).to("cpu", torch.float64)))
+    return v, float(torch.linalg.vector_norm(torch.cat(norms).cpu().to(torch.float64)))
 
 
 def _segment_norms(entries: torch.Tensor) -> torch.Tensor:
