@@ -17,28 +17,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from converters.errors import OutputPathError, WriteError
+from converters.errors import OutputPathError, WriteError, system_reason
 
 _SUFFIX = ".safelora-gguf.tmp"
 
 
-def check_target(target: Path, *, force: bool) -> None:
-    """Whether something may be written there; to be called before any work is done.
+def check_target(target: Path, *, force: bool, directory: bool = False) -> None:
+    """Whether a file, or a directory, may be written there; to be called before any work is done.
 
     Raises:
-        OutputPathError: it exists and `force` is not set, or its parent is no writable directory.
+        OutputPathError: it exists and `force` is not set or it is of the other kind, or its parent is no
+            writable directory.
     """
     try:
-        _check_place(target, force=force)
+        _check_place(target, force=force, directory=directory)
     except OSError as error:  # a name too long, a loop of links
-        raise OutputPathError(f"can't be written: {(error.strerror or str(error)).lower()}", file=target) from None
+        raise OutputPathError(f"can't be written: {system_reason(error)}", file=target) from None
 
 
-def _check_place(target: Path, *, force: bool) -> None:
+def _check_place(target: Path, *, force: bool, directory: bool) -> None:
     if target.is_symlink() and not target.exists():
         raise OutputPathError("is a link to nowhere; remove it or choose another name", file=target)
     if target.exists() and not force:
         raise OutputPathError("exists already; choose another name or pass --force", file=target)
+    if target.exists() and target.is_dir() != directory:
+        expected = (
+            "is a file, expected the name of a directory" if directory else "is a directory, expected a file name"
+        )
+        raise OutputPathError(expected, file=target)
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -57,8 +63,6 @@ def atomic_file(target: Path, *, force: bool) -> Iterator[BinaryIO]:
         WriteError: the device is full or fails.
     """
     target = _resolved(target)
-    if target.is_dir():
-        raise OutputPathError("is a directory, expected a file name", file=target)
     check_target(target, force=force)
     with _write_errors(target), _made_parents(target.parent):
         temporary = _temporary(target)
@@ -87,9 +91,7 @@ def atomic_directory(target: Path, *, force: bool) -> Iterator[Path]:
         OutputPathError, WriteError: as for `atomic_file`.
     """
     target = _resolved(target)
-    if target.exists() and not target.is_dir():
-        raise OutputPathError("is a file, expected the name of a directory", file=target)
-    check_target(target, force=force)
+    check_target(target, force=force, directory=True)
     with _write_errors(target), _made_parents(target.parent):
         temporary = _temporary(target)
         _remove_stale(temporary, target)
@@ -120,7 +122,7 @@ def _write_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+        reason = system_reason(error)
         if error.errno in (
             errno.EACCES,
             errno.EPERM,

@@ -22,6 +22,11 @@ from pathlib import Path
 from typing import ClassVar
 
 
+def system_reason(error: OSError) -> str:
+    """What the system says was wrong, fit for the middle of a sentence."""
+    return (error.strerror or str(error)).lower()
+
+
 class Error(Exception):
     """A problem outside the program, told in one sentence or two.
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from converters.errors import FileMissingError
+from converters.errors import FileMissingError, system_reason
 from converters.gguf_header import read_gguf_header
 from converters.gguf_metadata import GgufHeader
 from converters.safetensors_file import SafetensorsFile
@@ -52,7 +52,7 @@ def _add(digest: hashlib._Hash, path: Path, header: int, tensors: Iterable[tuple
                 stream.seek(offset)
                 digest.update(stream.read(min(_HEAD, nbytes)))
     except OSError as error:
-        raise FileMissingError(f"can't be read: {(error.strerror or str(error)).lower()}", file=path) from None
+        raise FileMissingError(f"can't be read: {system_reason(error)}", file=path) from None
 
 
 def sha256_file(path: Path) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
+
+from converters.gguf_types import TENSOR_TYPES
 
 if TYPE_CHECKING:
     import torch
@@ -18,17 +21,14 @@ OUTTYPES = {"f32": QType.F32, "f16": QType.F16, "bf16": QType.BF16, "q8_0": QTyp
 
 def nbytes(shape: tuple[int, ...], qtype: QType) -> int:
     """The stored size; the innermost dimension must be whole blocks."""
-    block, size = GGML_QUANT_SIZES[qtype]
-    elements = 1
-    for dimension in shape:
-        elements *= dimension
-    assert elements == 0 or shape[-1] % block == 0, f"{shape} is no whole number of {qtype.name} blocks"
-    return elements // block * size
+    kind, elements = TENSOR_TYPES[qtype], prod(shape)
+    assert elements == 0 or fits(shape, qtype), f"{shape} is no whole number of {kind.name} blocks"
+    return elements // kind.block * kind.nbytes
 
 
 def fits(shape: tuple[int, ...], qtype: QType) -> bool:
     """Whether rows of this shape are whole blocks of the type."""
-    return bool(shape[-1] % GGML_QUANT_SIZES[qtype][0] == 0)
+    return shape[-1] % TENSOR_TYPES[qtype].block == 0
 
 
 def encode(tensor: torch.Tensor, qtype: QType) -> bytes:

@@ -11,49 +11,41 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from gguf import GGUFValueType
-
 from converters.ggml import QType, nbytes
+from converters.gguf_types import FIXED, Kind
 
 _VERSION = 3
 _ALIGNMENT = 32
 _MAX_NAME = 64  # ggml's names live in fixed buffers of this size, the closing zero included
-_SCALARS = {
-    GGUFValueType.UINT32: "<I",
-    GGUFValueType.INT32: "<i",
-    GGUFValueType.FLOAT32: "<f",
-    GGUFValueType.UINT64: "<Q",
-    GGUFValueType.BOOL: "<?",
-}
 
 
 @dataclass(frozen=True)
 class Value:
     """A typed metadata value; `item` is the type of an array's items."""
 
-    type: GGUFValueType
+    type: Kind
     data: Any
-    item: GGUFValueType | None = None
+    item: Kind | None = None
 
 
 def text(value: str) -> Value:
-    return Value(GGUFValueType.STRING, value)
+    return Value(Kind.STRING, value)
 
 
 def float32(value: float) -> Value:
-    return Value(GGUFValueType.FLOAT32, value)
+    return Value(Kind.FLOAT32, value)
 
 
 def uint32(value: int) -> Value:
-    return Value(GGUFValueType.UINT32, value)
+    return Value(Kind.UINT32, value)
 
 
 def texts(values: Sequence[str]) -> Value:
-    return Value(GGUFValueType.ARRAY, tuple(values), GGUFValueType.STRING)
+    return Value(Kind.ARRAY, tuple(values), Kind.STRING)
 
 
 def uint32s(values: Sequence[int]) -> Value:
-    return Value(GGUFValueType.ARRAY, tuple(values), GGUFValueType.UINT32)
+    return Value(Kind.ARRAY, tuple(values), Kind.UINT32)
 
 
 @dataclass(frozen=True)
@@ -97,8 +89,8 @@ def _value(value: Value) -> bytes:
     return struct.pack("<IQ", value.item, len(value.data)) + items
 
 
-def _item(kind: GGUFValueType, data: Any) -> bytes:
-    return _string(data) if kind == GGUFValueType.STRING else struct.pack(_SCALARS[kind], data)
+def _item(kind: Kind, data: Any) -> bytes:
+    return _string(data) if kind == Kind.STRING else struct.pack("<" + FIXED[kind], data)
 
 
 def _string(value: str) -> bytes:

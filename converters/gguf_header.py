@@ -20,7 +20,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
-from converters.errors import FileMissingError, FormatError
+from converters.errors import FileMissingError, FormatError, system_reason
 from converters.gguf_metadata import Entry, GgufHeader, GgufTensor, shown
 from converters.gguf_types import FIXED, TENSOR_TYPES, Kind
 from converters.paths import read_bytes, regular_file
@@ -67,7 +67,7 @@ def _mapped(path: Path, size: int, what: str) -> mmap.mmap:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), min(size, MAX_HEADER), access=mmap.ACCESS_READ)
     except OSError as error:
-        raise FileMissingError(f"{what}: {(error.strerror or str(error)).lower()}", file=path) from None
+        raise FileMissingError(f"{what}: {system_reason(error)}", file=path) from None
     except ValueError:
         raise FormatError("was changed while it was read", file=path) from None
 

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from converters.errors import FileMissingError, FormatError
+from converters.errors import FileMissingError, FormatError, system_reason
 from converters.gguf_types import FIXED, TENSOR_TYPES, Kind
 
 MAX_VALUE = 32 << 20  # bytes, and
@@ -125,7 +125,7 @@ class GgufHeader:
                 file.seek(entry.offset)
                 data = file.read(entry.nbytes)
         except OSError as error:
-            raise FileMissingError(f"GGUF file: {(error.strerror or str(error)).lower()}", file=self.path) from None
+            raise FileMissingError(f"GGUF file: {system_reason(error)}", file=self.path) from None
         if len(data) != entry.nbytes:
             raise self._changed()
         return data

@@ -1,8 +1,8 @@
 """GGUF's value types and ggml's tensor types as plain numbers, so that a header is read without numpy or gguf.
 
 From ggml.h and ggml-common.h; tests hold both tables against libggml and the gguf package, which has one size wrong
-(Q8_1, never in files). A type that stands in neither
-has an unknown size: its file can still be listed, the tensor can't be loaded.
+(Q8_1, never in files). A type that stands in neither has an unknown size: its file can still be listed, the tensor
+can't be loaded.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from converters.errors import FileMissingError, FormatError
+from converters.errors import FileMissingError, FormatError, system_reason
 
 _MAX_JSON = 64 << 20
 
@@ -21,7 +21,7 @@ def existing(path: str | Path, what: str) -> Path:
     try:
         found.stat()
     except OSError as error:
-        raise FileMissingError(f"{what}: {_reason(error)}", file=path) from None
+        raise FileMissingError(f"{what}: {system_reason(error)}", file=path) from None
     except ValueError:  # a NUL in the name
         raise FileMissingError(f"{what}: no such file or directory", file=repr(str(path))) from None
     return found
@@ -53,7 +53,7 @@ def read_bytes(path: Path, what: str, limit: int = _MAX_JSON) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise FileMissingError(f"{what}: {_reason(error)}", file=path) from None
+        raise FileMissingError(f"{what}: {system_reason(error)}", file=path) from None
 
 
 def read_json_object(path: Path, what: str) -> dict[str, Any]:
@@ -87,7 +87,3 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in names if names.count(key) > 1)
         raise ValueError(f"the key {twice[:80]!r} stands twice")
     return result
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
-from converters.errors import FileMissingError, FormatError, UnsupportedError
+from converters.errors import FileMissingError, FormatError, UnsupportedError, system_reason
 from converters.paths import parse_json_object, regular_file
 from converters.tensors import TensorInfo
 
@@ -70,7 +70,7 @@ def _open(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise FileMissingError(f"safetensors file: {(error.strerror or str(error)).lower()}", file=path) from None
+        raise FileMissingError(f"safetensors file: {system_reason(error)}", file=path) from None
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:

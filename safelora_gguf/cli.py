@@ -237,8 +237,6 @@ def _report_path(report: Path | None, force: bool, others: Sequence[Path]) -> Pa
     if report.suffix.lower() != ".json":
         raise UsageError(f"--report writes .json files so far, not {report.suffix or report.name!r}")
     check_target(report, force=force)
-    if report.is_dir():
-        raise OutputPathError("is a directory, expected a file name", file=report)
     for other in others:
         if report.resolve().is_relative_to(other.resolve()):
             raise OutputPathError(f"is {other} or lies in it; choose another place for the report", file=report)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
-from converters.errors import Error, WriteError
+from converters.errors import Error, WriteError, system_reason
 from safelora_gguf._version import __version__
 from safelora_gguf.terminal import printable, stderr
 
@@ -89,7 +89,7 @@ def _deliver(text: str) -> None:
         _close_stdout()
     except OSError as error:
         _close_stdout()
-        raise WriteError(f"standard output: {(error.strerror or str(error)).lower()}") from None
+        raise WriteError(f"standard output: {system_reason(error)}") from None
 
 
 def _close_stdout() -> None:

@@ -176,7 +176,7 @@ class _Run:
     def write(self, scores: Mapping[str, Score], chosen: Collection[str]) -> Mapping[str, Rounding]:
         def load(module: str) -> tuple[torch.Tensor, torch.Tensor]:
             a, b = self.adapter.load(module)
-            return a.float(), self._new_b(b.float(), module, scores[module], module in chosen)
+            return a.float(), self._new_b(b.float(), scores[module], module in chosen)
 
         names = [self._name(triple) for triple in self.triples if triple.pair.module in chosen]
         return self.output.write(load, self._origin(names))
@@ -202,7 +202,7 @@ class _Run:
             planned_output=(str(self.output.target), self.output.planned_bytes()),
         )
 
-    def _new_b(self, b: torch.Tensor, module: str, score: Score, projected: bool) -> torch.Tensor:
+    def _new_b(self, b: torch.Tensor, score: Score, projected: bool) -> torch.Tensor:
         if not projected or score.projected_b is None:
             return b
         return blend(b, score.projected_b, self.projection.strength)
@@ -216,7 +216,7 @@ class _Run:
         if score is not None:
             before = after = pair.scaling * score.delta_norm
             if projected:
-                b = self._new_b(self.adapter.load(pair.module)[1].float(), pair.module, score, projected)
+                b = self._new_b(self.adapter.load(pair.module)[1].float(), score, projected)
                 after = pair.scaling * norm_of(b, score)
         return ModuleReport(
             name=self._name(triple),

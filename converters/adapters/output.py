@@ -128,9 +128,7 @@ class PeftOutput:
     """A PEFT directory with the adapter's own configuration."""
 
     def __init__(self, out: Path, qtype: QType, adapter: PeftAdapter, model: Checkpoint, *, force: bool) -> None:
-        check_target(out, force=force)
-        if out.exists() and not out.is_dir():
-            raise OutputPathError("is a file, expected the name of a directory", file=out)
+        check_target(out, force=force, directory=True)
         self.target, self.tensor_file = out, out / WEIGHTS
         self._qtype, self._adapter, self._force = qtype, adapter, force
         self._architecture = _known_architecture(model)
@@ -161,8 +159,6 @@ class GgufOutput:
 
     def __init__(self, out: Path, qtype: QType, adapter: PeftAdapter, model: Checkpoint, *, force: bool) -> None:
         check_target(out, force=force)
-        if out.is_dir():
-            raise OutputPathError("is a directory, expected a file name", file=out)
         self.target = self.tensor_file = out
         self._qtype, self._adapter, self._model, self._force = qtype, adapter, model, force
         try:

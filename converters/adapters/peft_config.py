@@ -44,14 +44,9 @@ class Meaning:
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The part of adapter_config.json that decides what the pairs mean.
-
-    Attributes:
-        raw: the whole object, as it was read.
-    """
+    """The part of adapter_config.json that decides what the pairs mean."""
 
     path: Path
-    raw: Mapping[str, Any]
     r: int
     lora_alpha: float
     use_rslora: bool
@@ -91,7 +86,6 @@ def parse_peft_config(raw: Mapping[str, Any], path: Path) -> PeftConfig:
     name = raw.get("base_model_name_or_path")
     return PeftConfig(
         path=path,
-        raw=raw,
         r=rank,
         lora_alpha=alpha,
         use_rslora=_flag(raw, "use_rslora", path),

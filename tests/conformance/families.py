@@ -18,17 +18,16 @@ from safelora_gguf import Selection, project_adapter
 HERE = Path(__file__).parent
 NOTHING = Selection("number", 0)
 
-# What upstream converts beside the model: (adapter kind, outtype).
-UPSTREAM = (
+# What upstream converts as we do: (adapter kind, outtype); and beside that, what it gets wrong.
+SAME = (
     ("plain", "f32"),
     ("plain", "f16"),
     ("plain", "bf16"),
     ("plain_r32", "q8_0"),
     ("rank_pattern", "f32"),
     ("embeddings", "f32"),
-    ("rslora", "f32"),
-    ("alpha_pattern", "f32"),
 )
+UPSTREAM = (*SAME, ("rslora", "f32"), ("alpha_pattern", "f32"))
 
 Logits = Callable[[Path, Path | None], np.ndarray]
 

@@ -14,18 +14,9 @@ import gguf
 import numpy as np
 import pytest
 from conformance import peft_side, reference
-from conformance.families import Family, Upstream
+from conformance.families import SAME, Family, Upstream
 
 pytestmark = pytest.mark.conformance
-
-SAME = [
-    ("plain", "f32"),
-    ("plain", "f16"),
-    ("plain", "bf16"),
-    ("plain_r32", "q8_0"),
-    ("rank_pattern", "f32"),
-    ("embeddings", "f32"),
-]
 
 MODULES = {
     "attn_q": "self_attn.q_proj",
