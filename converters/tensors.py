@@ -18,7 +18,7 @@ class TensorInfo:
     Attributes:
         name: the name in the file.
         shape: outermost dimension first, as in torch: a weight is (out, in).
-        dtype: the type's name in safetensors' spelling (F32, F16, BF16, ...).
+        dtype: the type's name as its format spells it (F32, F16, BF16, Q4_K, ...).
         nbytes: the size of the data in the file.
     """
 
@@ -40,7 +40,12 @@ class TensorSource(Protocol):
         """All tensors by name, from headers alone."""
 
     def load(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU in its stored floating type. May share the file's pages: not to be changed."""
+        """The tensor on the CPU in its stored floating type, float32 where that is a quantized one. May share the
+        file's pages: not to be changed."""
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of the tensor seen as a matrix, all dimensions but the last merged; like `load`, but
+        only these rows are read."""
 
     def prefetch(self, name: str) -> None:
         """Asks the system to read this tensor's pages soon; returns at once."""
