@@ -10,7 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted([*(ROOT / "converters").rglob("*.py"), *(ROOT / "safelora_gguf").rglob("*.py")])
-KERNELS = ["safelora_gguf/projection.py", "safelora_gguf/low_rank.py", "converters/products.py"]
+KERNELS = [
+    "safelora_gguf/projection.py",
+    "safelora_gguf/low_rank.py",
+    "safelora_gguf/noise.py",
+    "converters/products.py",
+]
 
 
 def _imports(file: Path) -> Iterator[str]:
