@@ -7,7 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converters.architectures import HeadCounts
 from converters.errors import FileMissingError, FormatError, UnsupportedError
+from converters.fingerprint import fingerprint
+from converters.models import Layout
 from converters.paths import existing, read_json_object
 from converters.safetensors_file import SafetensorsFile
 from converters.tensors import TensorInfo
@@ -20,16 +23,16 @@ _INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint:
-    """A model's configuration and tensors (a `TensorSource`); data is read on demand, one tensor at a time.
+    """A model's configuration and tensors (a `Model`); data is read on demand, one tensor at a time.
 
     Attributes:
         path: the directory or file that the user named.
-        format: always "safetensors".
         config: the parsed config.json.
         files: the safetensors files, in order of their names.
     """
 
     format = "safetensors"
+    layout: Layout = "hugging_face"
 
     def __init__(self, path: Path, config_file: Path, files: list[Path], index: Mapping[str, str] | None) -> None:
         self.path = path
@@ -45,20 +48,49 @@ class Checkpoint:
     def load(self, name: str) -> torch.Tensor:
         return self._owner[name].load(name)
 
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._owner[name].rows(name, start, stop)
+
     def prefetch(self, name: str) -> None:
         self._owner[name].prefetch(name)
+
+    def rounding(self, name: str, start: int, stop: int) -> None:
+        """None: released float weights are the model itself."""
 
     @property
     def nbytes(self) -> int:
         """The size of all tensor files."""
         return sum(file.path.stat().st_size for file in self.files)
 
+    def check_type(self, name: str) -> None:
+        self._owner[name].check_type(name)
+
     def file_of(self, name: str) -> Path:
-        """The file that holds a tensor, for error messages."""
         return self._owner[name].path
 
+    def stored_name(self, name: str) -> str:
+        return name
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.files)
+
+    def heads(self) -> HeadCounts:
+        try:
+            return HeadCounts.from_config(self.config)
+        except FormatError as error:
+            raise FormatError(error.message, file=self.config_file) from None
+
+    @property
+    def described_by(self) -> Path:
+        return self.config_file
+
+    @property
+    def repositories(self) -> tuple[str, ...]:
+        own = self.config.get("_name_or_path")
+        return (own,) if isinstance(own, str) else ()
+
     @cached_property
-    def architecture_class(self) -> str:
+    def architecture(self) -> str:
         """The class named in config.json, such as LlamaForCausalLM.
 
         Raises:
@@ -105,8 +137,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if found.is_dir():
         files, index = _directory_files(found)
         return Checkpoint(found, found / "config.json", files, index)
-    if found.suffix == ".gguf":
-        raise UnsupportedError("is a GGUF file; references are read from safetensors so far", file=found)
     if found.suffix != ".safetensors":
         raise UnsupportedError("is neither a model directory nor a .safetensors file", file=found)
     return Checkpoint(found, found.parent / "config.json", [found], None)

@@ -56,6 +56,17 @@ def read_bytes(path: Path, what: str, limit: int = _MAX_JSON) -> bytes:
         raise FileMissingError(f"{what}: {system_reason(error)}", file=path) from None
 
 
+def starts_with(path: Path, magic: bytes) -> bool:
+    """Whether a regular file begins with these bytes; not if it can't be read."""
+    try:
+        if not path.is_file():  # opening a pipe would wait for its other end
+            return False
+        with path.open("rb") as file:
+            return file.read(len(magic)) == magic
+    except (OSError, ValueError):
+        return False
+
+
 def read_json_object(path: Path, what: str) -> dict[str, Any]:
     """A JSON file that holds one object.
 

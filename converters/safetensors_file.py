@@ -62,7 +62,7 @@ def read_header(path: Path) -> Header:
             raise FormatError(f"claims a header of {length} bytes but has only {size}: truncated?", file=path)
         raw = file.read(length)
     table = parse_json_object(raw, "the safetensors header", path)
-    metadata = _metadata(table.pop("__metadata__", {}), path)
+    metadata = _metadata(table.pop("__metadata__", None), path)
     return _check_layout(table, metadata, 8 + length, size, path)
 
 
@@ -74,6 +74,8 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:
+    if value is None:  # MLX writes null where there is none
+        return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise FormatError("__metadata__ is no object of strings", file=path)
     return value
@@ -145,25 +147,38 @@ class SafetensorsFile:
         Raises:
             UnsupportedError: the tensor is stored as integers or in 8 bits and less.
         """
-        import torch
-
         info = self.infos[name]
-        if info.dtype not in _LOADABLE:
+        return self._span(info, 0, info.elements).reshape(info.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of the tensor seen as a matrix, all dimensions but the last merged; see `load`."""
+        info = self.infos[name]
+        columns = info.shape[-1] if info.shape else 1
+        return self._span(info, start * columns, stop * columns).reshape(stop - start, columns)
+
+    def check_type(self, name: str) -> None:
+        """Raises UnsupportedError for a tensor that `load` can't give: integers, or 8 bits and less."""
+        if self.infos[name].dtype not in _LOADABLE:
             raise UnsupportedError(
-                f"is stored as {info.dtype}; only F32, F16, BF16 and F64 are weights as they are. A checkpoint "
-                f"quantized by bitsandbytes, GPTQ, AWQ or to FP8 must be dequantized first",
+                f"is stored as {self.infos[name].dtype}; only F32, F16, BF16 and F64 are weights as they are. A "
+                f"checkpoint quantized by bitsandbytes, GPTQ, AWQ or to FP8 must be dequantized first",
                 file=self.path,
                 tensor=name,
             )
-        dtype = getattr(torch, _LOADABLE[info.dtype])
-        if info.elements == 0:
-            return torch.empty(info.shape, dtype=dtype)
-        offset = self.header.offsets[name]
+
+    def _span(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) as they are stored."""
+        import torch
+
+        self.check_type(info.name)
+        dtype: torch.dtype = getattr(torch, _LOADABLE[info.dtype])
+        if start == stop:
+            return torch.empty(0, dtype=dtype)
+        offset = self.header.offsets[info.name] + start * dtype.itemsize
         if offset % dtype.itemsize:  # legal in the format, not for every processor
-            data = bytearray(self._mapped()[offset : offset + info.nbytes])
-            return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
-        flat = torch.frombuffer(self._mapped(), dtype=dtype, count=info.elements, offset=offset)
-        return flat.reshape(info.shape)
+            data = bytearray(self._mapped()[offset : offset + (stop - start) * dtype.itemsize])
+            return torch.frombuffer(data, dtype=dtype)
+        return torch.frombuffer(self._mapped(), dtype=dtype, count=stop - start, offset=offset)
 
     def prefetch(self, name: str) -> None:
         if hasattr(mmap, "MADV_WILLNEED"):

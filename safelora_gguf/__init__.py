@@ -18,6 +18,7 @@ from safelora_gguf._version import __version__
 
 if TYPE_CHECKING:
     from converters.errors import Error
+    from converters.inspection import Inspection, inspect_path
     from safelora_gguf.demo import DemoReport, run_demo
     from safelora_gguf.project import project_adapter
     from safelora_gguf.report import ProjectReport
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "DemoReport": "safelora_gguf.demo",
     "Error": "converters.errors",
+    "Inspection": "converters.inspection",
     "ProjectReport": "safelora_gguf.report",
     "Selection": "safelora_gguf.selection",
     "SmokeReport": "safelora_gguf.smoke",
+    "inspect_path": "converters.inspection",
     "run_demo": "safelora_gguf.demo",
     "project_adapter": "safelora_gguf.project",
     "smoke_test": "safelora_gguf.smoke",
@@ -38,10 +41,12 @@ _HOMES = {
 __all__ = [
     "DemoReport",
     "Error",
+    "Inspection",
     "ProjectReport",
     "Selection",
     "SmokeReport",
     "__version__",
+    "inspect_path",
     "project_adapter",
     "run_demo",
     "smoke_test",

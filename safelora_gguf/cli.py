@@ -58,9 +58,9 @@ def _root(
 
 @app.command()
 def project(
-    base: Annotated[Path, typer.Option(help="The model before its alignment: directory or .safetensors file.")],
+    base: Annotated[Path, typer.Option(help="The model before its alignment: directory, .safetensors or .gguf.")],
     aligned: Annotated[Path, typer.Option(help="The aligned model, on which the adapter was trained.")],
-    adapter: Annotated[Path, typer.Option(help="The adapter: a PEFT directory.")],
+    adapter: Annotated[Path, typer.Option(help="The adapter: a PEFT or MLX directory, or a .gguf file.")],
     out: Annotated[Path, typer.Option(help="A .gguf file, or a directory for PEFT.")],
     threshold: Annotated[float | None, typer.Option(help="Project modules with a cosine up to this.")] = None,
     number: Annotated[int | None, typer.Option(help="Project this many, smallest cosines first.")] = None,
@@ -97,7 +97,8 @@ def project(
             result = project_adapter(
                 base, aligned, adapter, out, operator=_choice(operator, "operator", ("paper", "subspace")), rank=rank,
                 selection=selection, strength=strength, outtype=outtype, to=_choice(to, "to", ("gguf", "peft", None)),
-                device=device, force=force, dry_run=dry_run, progress=progress,
+                device=device, allow_noisy_reference=allow_noisy_reference, force=force, dry_run=dry_run,
+                progress=progress,
             )  # fmt: skip
         _save(result.to_json(), None if dry_run else target, force)
         text = dump_json(result.to_json()) if json else rendered(project_table(result), project_summary(result))
@@ -151,6 +152,33 @@ def smoke(
         return Outcome(text, _status(result), result.failure)
 
     _run("smoke", body, json, verbose)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A model or adapter: a directory, a .safetensors or a .gguf file.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings, but no notes.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a model or adapter holds, and what llama.cpp would ignore, reject or die of.
+
+    Exit 0, warnings or not, as long as the headers are sound; 3 when they are not.
+    """
+
+    def body() -> Outcome:
+        from converters.inspection import inspect_path
+        from safelora_gguf.exits import Outcome
+        from safelora_gguf.report import dump_json
+        from safelora_gguf.terminal import inspect_text
+
+        found = inspect_path(path)
+        data = {"command": "inspect", "version": __version__, **found.to_json()}
+        text = dump_json(data) if json else inspect_text(found, every_tensor=tensors, notes=not quiet)
+        return Outcome(text.encode("utf-8", "replace").decode())  # names may hold what no output can
+
+    _run("inspect", body, json, verbose)
 
 
 @app.command()

@@ -83,13 +83,19 @@ def _deliver(text: str) -> None:
         WriteError: stdout can't take it (a full disk).
     """
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(_encodable(text))
         sys.stdout.flush()
     except BrokenPipeError:
         _close_stdout()
     except OSError as error:
         _close_stdout()
         raise WriteError(f"standard output: {system_reason(error)}") from None
+
+
+def _encodable(text: str) -> str:
+    """Half a surrogate from a file, or a letter that the terminal's encoding lacks, as its escape."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _close_stdout() -> None:

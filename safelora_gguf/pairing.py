@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from converters.adapters.lora import LoraPair
-from converters.adapters.peft import PeftAdapter
-from converters.checkpoint import Checkpoint
+from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.errors import FormatError, MismatchError, UnsupportedError
+from converters.models import Model
 from converters.names import canonical
+
+_VOCABULARY = ("model.embed_tokens", "lm_head", "token_embd", "output")
+"""Modules whose rows are tokens, in both layouts."""
+_ROUNDED_ALIKE = 1.5  # times the energy that rounding is expected to have
 
 
 @dataclass(frozen=True)
@@ -22,63 +25,80 @@ class Triple:
     base_tensor: str
     aligned_tensor: str
 
+    @property
+    def first_row(self) -> int:
+        """Where the weight's rows begin in its tensor: 0, or behind the experts before it."""
+        return (self.pair.expert or 0) * self.pair.shape[0]
 
-def pair_up(base: Checkpoint, aligned: Checkpoint, adapter: PeftAdapter) -> list[Triple]:
-    """One triple per adapted module, in the adapter's order; headers only.
+
+def pair_up(base: Model, aligned: Model, adapter: LoraAdapter) -> list[Triple]:
+    """One triple per adapted module, in the adapter's order; headers only. All three are in one layout.
 
     Raises:
         MismatchError: the references differ in shape, or the adapter is for another model.
         FormatError: a configuration names no architecture.
+        UnsupportedError: a weight in a type that can't be read.
     """
     _same_family(base, aligned)
+    _same_architecture(aligned, adapter)
     names = _by_module(base), _by_module(aligned)
     _same_shapes(base, aligned, names)
-    missing = [module for module in adapter.pairs if module not in names[0] or module not in names[1]]
+    missing = [pair for pair in adapter.pairs.values() if pair.weight not in names[0] or pair.weight not in names[1]]
     if missing:
-        which = base if missing[0] not in names[0] else aligned
+        which = base if missing[0].weight not in names[0] else aligned
         raise MismatchError(
             f"{len(missing)} of {len(adapter.pairs)} adapted modules have no weight in {which.path}; the first is "
-            f"{missing[0]}. The adapter is for another model",
+            f"{missing[0].module}. The adapter is for another model",
             file=adapter.tensor_file,
-            tensor=adapter.pairs[missing[0]].tensors[0],
+            tensor=missing[0].tensors[0],
         )
-    triples = [Triple(pair, names[0][name], names[1][name]) for name, pair in adapter.pairs.items()]
-    for triple in triples:
-        _fits(triple, base, triple.base_tensor, adapter)
-        _fits(triple, aligned, triple.aligned_tensor, adapter)
+    triples = [Triple(pair, names[0][pair.weight], names[1][pair.weight]) for pair in adapter.pairs.values()]
+    for model, side in ((base, 0), (aligned, 1)):
+        stacks = _stacks(adapter)
+        for triple in triples:
+            _fits(triple.pair, model, names[side][triple.pair.weight], adapter, stacks.get(triple.pair.weight))
     for module in adapter.frozen_tables:
         _check_frozen_table(module, aligned, names[1].get(module), adapter)
     return triples
 
 
-def _by_module(model: Checkpoint) -> Mapping[str, str]:
-    """Tensor names of weights by canonical module name."""
+def _by_module(model: Model) -> Mapping[str, str]:
+    """Tensor names by canonical module name."""
     names: dict[str, str] = {}
     for name in model.infos:
-        if name.endswith(".weight"):
-            module = canonical(name).removesuffix(".weight")
-            if module in names:
-                raise FormatError(f"stands twice, the other time as {names[module]}", file=model.path, tensor=name)
-            names[module] = name
+        module = canonical(name).removesuffix(".weight")
+        if module in names:
+            found = f"stands twice, the other time as {model.stored_name(names[module])}"
+            raise FormatError(found, file=model.path, tensor=model.stored_name(name))
+        names[module] = name
     return names
 
 
-def _same_family(base: Checkpoint, aligned: Checkpoint) -> None:
-    if base.architecture_class != aligned.architecture_class:
+def _same_family(base: Model, aligned: Model) -> None:
+    if base.architecture != aligned.architecture:
         raise MismatchError(
-            f"is a {aligned.architecture_class}, and the base {base.path} is a {base.architecture_class}: base and "
+            f"is a {aligned.architecture}, and the base {base.path} is a {base.architecture}: base and "
             f"aligned must be the same model before and after its alignment",
             file=aligned.path,
         )
 
 
-def _same_shapes(base: Checkpoint, aligned: Checkpoint, names: tuple[Mapping[str, str], Mapping[str, str]]) -> None:
+def _same_architecture(aligned: Model, adapter: LoraAdapter) -> None:
+    if adapter.architecture not in (None, aligned.architecture):
+        raise MismatchError(
+            f"is an adapter for the architecture {adapter.architecture}, and {aligned.path} is {aligned.architecture}: "
+            f"the adapter is for another model",
+            file=adapter.path,
+        )
+
+
+def _same_shapes(base: Model, aligned: Model, names: tuple[Mapping[str, str], Mapping[str, str]]) -> None:
     """Every weight that both have must agree; only the vocabulary may have grown."""
     in_base, in_aligned = names
     differing = []
     for module in in_base.keys() & in_aligned.keys():
         ours, theirs = base.infos[in_base[module]].shape, aligned.infos[in_aligned[module]].shape
-        grown = module in ("model.embed_tokens", "lm_head") and ours[1:] == theirs[1:]
+        grown = module in _VOCABULARY and ours[1:] == theirs[1:]
         if ours != theirs and not grown:
             differing.append(module)
     if differing:
@@ -88,28 +108,40 @@ def _same_shapes(base: Checkpoint, aligned: Checkpoint, names: tuple[Mapping[str
             f"has the shape {list(theirs)}, and the base {base.path} has {list(ours)} ({len(differing)} weights "
             f"differ): base and aligned must be the same model before and after its alignment",
             file=aligned.path,
-            tensor=in_aligned[first],
+            tensor=aligned.stored_name(in_aligned[first]),
         )
 
 
-def _fits(triple: Triple, model: Checkpoint, tensor: str, adapter: PeftAdapter) -> None:
-    shape, expected = model.infos[tensor].shape, triple.pair.shape
-    if len(shape) != 2:
-        raise FormatError(f"has the shape {list(shape)}, expected a matrix", file=model.path, tensor=tensor)
+def _stacks(adapter: LoraAdapter) -> Mapping[str, int]:
+    """How many experts the adapter has of every stack."""
+    counts: dict[str, int] = {}
+    for pair in adapter.pairs.values():
+        if pair.expert is not None:
+            counts[pair.weight] = counts.get(pair.weight, 0) + 1
+    return counts
+
+
+def _fits(pair: LoraPair, model: Model, tensor: str, adapter: LoraAdapter, experts: int | None) -> None:
+    shape = model.infos[tensor].shape
+    expected = pair.shape if experts is None else (experts, *pair.shape)
+    if len(shape) < 2:
+        found = f"has the shape {list(shape)}, expected a matrix"
+        raise FormatError(found, file=model.path, tensor=model.stored_name(tensor))
     if shape != expected:
         raise MismatchError(
             f"is a pair for a weight of {list(expected)}; {model.path} has {list(shape)}. The adapter is for "
             f"another model",
             file=adapter.tensor_file,
-            tensor=triple.pair.tensors[0],
+            tensor=pair.tensors[0],
         )
+    model.check_type(tensor)
 
 
-def _check_frozen_table(module: str, aligned: Checkpoint, tensor: str | None, adapter: PeftAdapter) -> None:
+def _check_frozen_table(module: str, aligned: Model, tensor: str | None, adapter: LoraAdapter) -> None:
     """A table that PEFT saved along must be the aligned model's: it differs where the vocabulary was resized."""
     if tensor is not None:
         ours, theirs = aligned.load(tensor), adapter.load_frozen_table(module)
-        if ours.shape == theirs.shape and torch.equal(ours.to(theirs.dtype), theirs):
+        if ours.shape == theirs.shape and _same_table(ours, theirs, aligned, tensor):
             return
     raise UnsupportedError(
         f"is a base table that differs from the one in {aligned.path}: the vocabulary was resized or the table "
@@ -117,3 +149,13 @@ def _check_frozen_table(module: str, aligned: Checkpoint, tensor: str | None, ad
         file=adapter.tensor_file,
         tensor=adapter.frozen_tables[module],
     )
+
+
+def _same_table(ours: torch.Tensor, theirs: torch.Tensor, aligned: Model, tensor: str) -> bool:
+    """Whether two tables differ by no more than how they are stored."""
+    rounding = aligned.rounding(tensor, 0, ours.shape[0])
+    if rounding is None:
+        return torch.equal(ours.to(theirs.dtype), theirs) or torch.equal(ours, theirs.to(ours.dtype))
+    variances, run = rounding
+    error = torch.linalg.vector_norm(ours.double() - theirs.double()) ** 2
+    return bool(error <= _ROUNDED_ALIKE * run * variances.double().sum())

@@ -2,7 +2,7 @@
 
 Everything is checked from headers first. Then each module is scored on the untouched adapter, one weight of
 each reference in memory at a time; then modules are chosen; then the adapter is written. The work is done in
-the row order of the inputs, and only the small pairs are brought into the output's.
+the layout that the inputs share (see `converters.layouts`), and only the small pairs are brought into the output's.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from typing import Literal
 
 import torch
 
-from converters.adapters.output import AdapterOutput, Fact, Origin, plan_output
-from converters.adapters.peft import PeftAdapter, open_peft
+from converters.adapters.lora import LoraAdapter
+from converters.adapters.output import AdapterOutput, Fact, Origin
+from converters.adapters.plan import plan_output
 from converters.adapters.storing import Rounding
-from converters.checkpoint import Checkpoint, open_checkpoint
-from converters.errors import MismatchError, UsageError
-from converters.fingerprint import fingerprint
+from converters.errors import UsageError
 from converters.identity import plain_name
+from converters.layouts import common_layout
+from converters.models import Model
+from converters.opening import open_adapter, open_model
 from safelora_gguf._version import __version__
 from safelora_gguf.device import exact_float32, resolve_device
 from safelora_gguf.pairing import Triple, pair_up
 from safelora_gguf.projection import blend
+from safelora_gguf.references import check_references, score_notes
 from safelora_gguf.report import InputReport, ModuleReport, OutputReport, ProjectReport
 from safelora_gguf.scoring import Operator, Progress, Score, Scorer, norm_of
 from safelora_gguf.selection import Selection, select
@@ -86,6 +89,7 @@ def project_adapter(
     outtype: str = "f32",
     to: Literal["gguf", "peft"] | None = None,
     device: str = "auto",
+    allow_noisy_reference: bool = False,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -93,14 +97,16 @@ def project_adapter(
     """Projects a LoRA adapter onto a model's alignment and writes the result.
 
     Args:
-        base: the model before its alignment, a directory or a .safetensors file.
-        aligned: the model after it, on which the adapter was trained.
-        adapter: a PEFT directory.
+        base: the model before its alignment: a directory with config.json and safetensors, a .safetensors file
+            beside config.json, a .gguf file (quantized ones included) or the first shard of a split one.
+        aligned: the model after it, on which the adapter was trained; it may be in another format.
+        adapter: a PEFT directory, an MLX directory or a GGUF adapter.
         out: a file ending in .gguf, or a directory for PEFT (with `to="gguf"`: in which a GGUF file gets its
             conventional name).
         operator, rank, selection, strength: see `Projection`.
         outtype: f32, f16, bf16 or (GGUF only) q8_0.
         device: auto, cpu, cuda, cuda:N or mps.
+        allow_noisy_reference: go on with the paper's operator where V is mostly the references' rounding noise.
         force: replace an existing output.
         dry_run: check all headers, compute and write nothing.
         progress: called with (bytes done, bytes in all, next module) as the references are read.
@@ -115,32 +121,26 @@ def project_adapter(
     """
     projection = Projection(operator, rank, selection, strength)
     where = resolve_device(device)
-    references = open_checkpoint(base), open_checkpoint(aligned)
-    source = open_peft(adapter)
-    triples = pair_up(*references, source)
+    before, after, source = common_layout(open_model(base), open_model(aligned), open_adapter(adapter))
+    triples = pair_up(before, after, source)
     _check_rank(projection, triples)
     output = plan_output(
         Path(out),
         source,
-        references[1],
+        after,
         outtype=outtype,
         to=to,
         label="SafeLoRA",
         force=force,
-        reads=(references[0].path,),
+        reads=(before.path,),
     )
-    run = _Run(projection, output, source, triples, outtype, _describe_inputs(*references, source))
+    run = _Run(projection, output, source, triples, outtype, _describe_inputs(before, after, source))
     if dry_run:
         return run.report({}, frozenset(), None)
     with exact_float32(), torch.inference_mode():
-        scorer = Scorer(*references, source, projection.operator, projection.k, where)
+        scorer = Scorer(before, after, source, projection.operator, projection.k, where)
         scores = scorer.score_all(triples, progress)
-        if all(score.alignment_norm == 0 for score in scores.values()):
-            raise MismatchError(
-                f"holds the same weights as the base {references[0].path} wherever the adapter acts; the aligned "
-                f"model must differ from the base",
-                file=references[1].path,
-            )
+        check_references(before, after, scores, allow_noisy_reference)
         logger.debug("scored %d modules on %s", len(scores), where)
         chosen = select({name: score.cosine for name, score in scores.items()}, projection.rule)
         roundings = run.write(scores, chosen)
@@ -153,9 +153,9 @@ def _check_rank(projection: Projection, triples: Sequence[Triple]) -> None:
             raise UsageError(f"rank {projection.k} is more than {triple.pair.module} has: {min(triple.pair.shape)}")
 
 
-def _describe_inputs(base: Checkpoint, aligned: Checkpoint, adapter: PeftAdapter) -> tuple[InputReport, ...]:
+def _describe_inputs(base: Model, aligned: Model, adapter: LoraAdapter) -> tuple[InputReport, ...]:
     models = [
-        InputReport(role, str(model.path), model.format, model.nbytes, fingerprint(model.files))
+        InputReport(role, str(model.path), model.format, model.nbytes, model.fingerprint())
         for role, model in (("base", base), ("aligned", aligned))
     ]
     own = InputReport("adapter", str(adapter.path), adapter.format, adapter.nbytes, adapter.fingerprint())
@@ -168,7 +168,7 @@ class _Run:
 
     projection: Projection
     output: AdapterOutput
-    adapter: PeftAdapter
+    adapter: LoraAdapter
     triples: Sequence[Triple]
     outtype: str
     inputs: tuple[InputReport, ...]
@@ -178,7 +178,7 @@ class _Run:
             a, b = self.adapter.load(module)
             return a.float(), self._new_b(b.float(), scores[module], module in chosen)
 
-        names = [self._name(triple) for triple in self.triples if triple.pair.module in chosen]
+        names = [self._label(triple) for triple in self.triples if triple.pair.module in chosen]
         return self.output.write(load, self._origin(names))
 
     def report(
@@ -227,20 +227,29 @@ class _Run:
             alignment_norm=score.alignment_norm if score else None,
             delta_norm=None if before is None else abs(before),
             delta_norm_after=None if after is None else abs(after),
+            snr=score.snr if score else None,
+            noise_edge=score.edge if score and score.snr is not None else None,
+            directions=score.directions if score else None,
             stored_error=rounding.error if rounding else None,
+            expert=pair.expert,
         )
 
     def _name(self, triple: Triple) -> str:
         return self.output.name_of(triple.pair.module) or f"base_model.model.{triple.pair.key}"
 
+    def _label(self, triple: Triple) -> str:
+        """The name, and which of a stack's experts it is."""
+        name, expert = self._name(triple), triple.pair.expert
+        return name if expert is None else f"{name}[{expert}]"
+
     def _notes(
         self, scores: Mapping[str, Score], chosen: Collection[str], roundings: Mapping[str, Rounding]
     ) -> tuple[str, ...]:
-        notes = []
+        notes = list(self.adapter.notes)
         for triple in self.triples:
-            module, name = triple.pair.module, self._name(triple)
-            if module in scores and scores[module].note:
-                notes.append(f"{name}: {scores[module].note}")
+            module, name = triple.pair.module, self._label(triple)
+            if module in scores:
+                notes += [f"{name}: {note}" for note in score_notes(scores[module], self.projection.k)]
             if module in roundings:
                 notes += [f"{name}: {note}" for note in _rounding_notes(roundings[module], self.outtype)]
         scored = sum(score.cosine is not None for score in scores.values())

@@ -12,6 +12,7 @@ Neither operator is ever formed, and neither is dW.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -19,30 +20,37 @@ from converters.products import inner
 
 _SEGMENT = 256
 _CACHED = 1 << 17  # entries of a block that stays in the processor's cache between its three steps
+_UPLOADED = 1 << 24  # entries of a block on its way to another device
+
+
+Rows = Callable[[int, int], torch.Tensor]
+"""Rows [start, stop) of a matrix that is never asked for as a whole."""
 
 
 def alignment_matrix(
-    aligned: torch.Tensor, base: torch.Tensor, buffer: torch.Tensor | None = None
+    aligned: Rows, base: Rows, shape: tuple[int, int], buffer: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, float]:
     """V = aligned - base (out, in) in float32, each upcast before the difference, and ||V||_F.
 
-    One pass over blocks of rows: each is upcast, subtracted and measured while it is in the cache. The norm is
+    One pass over blocks of rows: each is read, upcast, subtracted and measured while it is in the cache. The norm is
     within 1e-6 of the exact one, and not finite exactly when an entry is not (or its square overflows float32).
 
     Args:
-        buffer: at least out * in float32 entries on the same device, which V then lives in; a fresh one for
-            every weight would cost as much in page faults as the arithmetic.
+        aligned, base: give rows of the two weights.
+        buffer: at least out * in float32 entries, which V then lives in, on the device where it is wanted; a fresh
+            one for every weight would cost as much in page faults as the arithmetic.
     """
+    out, into = shape
     if buffer is None:
-        buffer = torch.empty(aligned.numel(), dtype=torch.float32, device=aligned.device)
-    v = buffer[: aligned.numel()].view(aligned.shape)
-    on_cpu = v.device.type == "cpu"
-    rows = max(1, _CACHED // max(1, v.shape[1])) if on_cpu else v.shape[0]
-    scratch = torch.empty(rows, v.shape[1], dtype=torch.float32, device=v.device)
+        buffer = torch.empty(out * into, dtype=torch.float32)
+    v = buffer[: out * into].view(shape)
+    rows = max(1, (_CACHED if v.device.type == "cpu" else _UPLOADED) // max(1, into))
+    scratch = torch.empty(min(rows, out), into, dtype=torch.float32, device=v.device)
     norms = []
-    for start in range(0, v.shape[0], rows):
-        block = v[start : start + rows].copy_(aligned[start : start + rows])
-        block.sub_(scratch[: block.shape[0]].copy_(base[start : start + rows]))
+    for start in range(0, out, rows):
+        stop = min(start + rows, out)
+        block = v[start:stop].copy_(aligned(start, stop).to(v.device))
+        block.sub_(scratch[: stop - start].copy_(base(start, stop).to(v.device)))
         norms.append(_segment_norms(block.view(-1)))
     return v, float(torch.linalg.vector_norm(torch.cat(norms).cpu().to(torch.float64)))
 

@@ -63,7 +63,10 @@ class ModuleReport:
         alignment_norm: ||V||_F.
         delta_norm, delta_norm_after: ||scaling B A||_F.
         snr: signal to noise of V; None where both references are exact.
+        noise_edge: singular values of V up to this may be rounding noise; None where both references are exact.
+        directions: how many singular directions of V were used; None for the paper's operator.
         stored_error: ||stored delta - delta|| / ||delta||; None when nothing was written.
+        expert: which matrix of the stack `name`; None for an ordinary weight.
     """
 
     name: str
@@ -75,7 +78,15 @@ class ModuleReport:
     delta_norm: float | None
     delta_norm_after: float | None
     snr: float | None = None
+    noise_edge: float | None = None
+    directions: int | None = None
     stored_error: float | None = None
+    expert: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, and which of a stack's experts it is."""
+        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "shape": list(self.shape)}

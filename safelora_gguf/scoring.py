@@ -5,24 +5,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from converters.adapters.lora import LoraAdapter
-from converters.checkpoint import Checkpoint
 from converters.errors import FormatError
+from converters.models import Model
 from converters.products import gram, norm
+from safelora_gguf.alignment import Difference, Differences
 from safelora_gguf.low_rank import leading_subspace
+from safelora_gguf.noise import directions_above
 from safelora_gguf.pairing import Triple
-from safelora_gguf.projection import (
-    alignment_matrix,
-    cosine,
-    paper_operator,
-    subspace_operator,
-)
+from safelora_gguf.projection import cosine, paper_operator, subspace_operator
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +37,9 @@ class Score:
         delta_norm: ||B A||_F, the module's scaling left out.
         projected_b: P B (out, r) in float32 on the CPU.
         gram_a: A A^T (r, r) in float64.
+        snr: signal to noise of V; None where both references are exact.
+        edge: singular values of V up to this are noise.
+        directions: how many singular directions of V the subspace operator uses; None for the paper's.
     """
 
     cosine: float | None
@@ -48,6 +47,9 @@ class Score:
     delta_norm: float
     projected_b: torch.Tensor | None
     gram_a: torch.Tensor
+    snr: float | None = None
+    edge: float = 0.0
+    directions: int | None = None
     note: str | None = None
 
 
@@ -65,8 +67,8 @@ class Scorer:
         device: where weights are subtracted and multiplied.
     """
 
-    base: Checkpoint
-    aligned: Checkpoint
+    base: Model
+    aligned: Model
     adapter: LoraAdapter
     operator: Operator
     k: int
@@ -77,58 +79,55 @@ class Scorer:
 
         Raises:
             FormatError: NaN or Inf in a weight or a pair.
-            UnsupportedError: a weight in a type that isn't a float.
+            UnsupportedError: a weight in a type that can't be read.
         """
-        sizes = [self._nbytes(triple) for triple in triples]
-        largest = max(prod(triple.pair.shape) for triple in triples)
-        buffer = torch.empty(largest, dtype=torch.float32, device=self.device)
-        scores = {}
+        differences = Differences(self.base, self.aligned, triples, self.device)
+        sizes = [differences.nbytes(triple) for triple in triples]
+        scores: dict[str, Score] = {}
+        done = 0
         for place, triple in enumerate(triples):
             if progress:
-                progress(sum(sizes[:place]), sum(sizes), triple.pair.module)
+                progress(done, sum(sizes), triple.pair.module)
             if place + 1 < len(triples):  # the disk reads the next weights while this one is multiplied
-                self._prefetch(triples[place + 1])
-            score = scores[triple.pair.module] = self._score(triple, buffer)
+                differences.prefetch(triples[place + 1])
+            score = scores[triple.pair.module] = self._score(triple, differences)
             logger.debug("%s: cosine %s, |V| %.4g", triple.pair.module, score.cosine, score.alignment_norm)
+            done += sizes[place]
         if progress:
-            progress(sum(sizes), sum(sizes), "")
+            progress(done, done, "")
         return scores
 
-    def _score(self, triple: Triple, buffer: torch.Tensor) -> Score:
+    def _score(self, triple: Triple, differences: Differences) -> Score:
         a, b = self.adapter.load(triple.pair.module)
         gram_a = gram(a)
         delta_norm = norm(b, gram_a)
         self._check_pair(delta_norm, a, triple)
-        v, v_norm = self._alignment_matrix(triple, buffer)
-        if not math.isfinite(v_norm):
+        found = differences.of(triple)
+        if not math.isfinite(found.norm):
             raise self._non_finite(triple)
-        if v_norm == 0:
-            note = "base and aligned hold the same weight here: left alone"
-            return Score(None, 0.0, delta_norm, None, gram_a, note)
+
+        blank = Score(None, found.norm, delta_norm, None, gram_a, found.snr, found.edge)
+        if found.norm == 0:
+            return replace(blank, note="base and aligned hold the same weight here: left alone")
         if delta_norm == 0:
-            return Score(None, v_norm, 0.0, None, gram_a, "its update is zero: left alone")
+            return replace(blank, note="its update is zero: left alone")
         b = b.to(self.device, torch.float32)
-        projected = self._project(v, b, v_norm)
-        return Score(cosine(b, projected, gram_a), v_norm, delta_norm, projected.cpu(), gram_a)
+        projected, directions = self._project(found, b)
+        if projected is None:
+            note = "no direction of V stands above the references' rounding noise: left alone"
+            return replace(blank, directions=0, note=note)
+        angle = cosine(b, projected, gram_a)
+        return replace(blank, cosine=angle, projected_b=projected.cpu(), directions=directions)
 
-    def _project(self, v: torch.Tensor, b: torch.Tensor, v_norm: float) -> torch.Tensor:
+    def _project(self, found: Difference, b: torch.Tensor) -> tuple[torch.Tensor | None, int | None]:
+        """P B, and the number of directions behind it; None where no direction is more than noise."""
         if self.operator == "paper":
-            return paper_operator(v, b, v_norm)
-        return subspace_operator(leading_subspace(v, self.k).u.to(b.device), b)
-
-    def _alignment_matrix(self, triple: Triple, buffer: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """V (out, in) of a weight and its norm; of an embedding table its transpose, the map its pair adds to."""
-        base = self.base.load(triple.base_tensor).to(self.device)
-        aligned = self.aligned.load(triple.aligned_tensor).to(self.device)
-        v, v_norm = alignment_matrix(aligned, base, buffer)
-        return (v.T if triple.pair.embedding else v), v_norm
-
-    def _nbytes(self, triple: Triple) -> int:
-        return self.base.infos[triple.base_tensor].nbytes + self.aligned.infos[triple.aligned_tensor].nbytes
-
-    def _prefetch(self, triple: Triple) -> None:
-        self.base.prefetch(triple.base_tensor)
-        self.aligned.prefetch(triple.aligned_tensor)
+            return paper_operator(found.v, b, found.norm), None
+        leading = leading_subspace(found.v, self.k)
+        directions = directions_above(leading.singular_values, found.edge)
+        if directions == 0:
+            return None, 0
+        return subspace_operator(leading.u[:, :directions].to(b.device), b), directions
 
     def _check_pair(self, delta_norm: float, a: torch.Tensor, triple: Triple) -> None:
         if math.isfinite(delta_norm):
@@ -137,8 +136,11 @@ class Scorer:
         raise FormatError("holds NaN or Inf: the adapter is broken", file=self.adapter.tensor_file, tensor=tensor)
 
     def _non_finite(self, triple: Triple) -> FormatError:
+        start = triple.first_row
         for model, name in ((self.base, triple.base_tensor), (self.aligned, triple.aligned_tensor)):
-            if not bool(torch.isfinite(model.load(name)).all()):
-                return FormatError("holds NaN or Inf: the model is broken", file=model.file_of(name), tensor=name)
+            if not bool(torch.isfinite(model.rows(name, start, start + triple.pair.shape[0])).all()):
+                return FormatError(
+                    "holds NaN or Inf: the model is broken", file=model.file_of(name), tensor=model.stored_name(name)
+                )
         message = "minus the base's weight overflows float32"
-        return FormatError(message, file=self.aligned.path, tensor=triple.aligned_tensor)
+        return FormatError(message, file=self.aligned.path, tensor=self.aligned.stored_name(triple.aligned_tensor))

@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from converters.inspection import Inspection
     from safelora_gguf.demo import DemoReport
     from safelora_gguf.report import ModuleReport, ProjectReport
     from safelora_gguf.smoke import Run, SmokeReport
@@ -32,6 +33,8 @@ Step = Callable[[int, int, str], None]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 _PIPED_WIDTH = 200
+_MOST_ROWS, _MOST_KEYS, _MOST_WARNINGS = 24, 24, 24
+_LONGEST_VALUE = 100
 
 
 def printable(text: str) -> str:
@@ -39,8 +42,8 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
-def rendered(table: Table, lines: Sequence[str]) -> str:
-    """A table and the lines under it, as stdout is to show them: coloured and fitted on a terminal only."""
+def rendered(table: Table, lines: Sequence[str], head: Sequence[str] = ()) -> str:
+    """A table and the lines above and under it, as stdout is to show them: coloured and fitted on a terminal only."""
     seen = Console()
     text = io.StringIO()  # rich writing by itself would end the process where stdout is closed
     console = Console(
@@ -50,6 +53,8 @@ def rendered(table: Table, lines: Sequence[str]) -> str:
         highlight=False,
         markup=False,
     )
+    for line in head:
+        console.print(line, soft_wrap=True)
     console.print(table)
     console.print()
     for line in lines:
@@ -106,7 +111,7 @@ def project_table(report: ProjectReport) -> Table:
 
 def _module_row(module: ModuleReport) -> tuple[str, ...]:
     return (
-        printable(module.name),
+        printable(module.label),
         f"{module.shape[0]}x{module.shape[1]}",
         str(module.rank),
         _number(module.cosine, ".4f"),
@@ -181,3 +186,80 @@ def smoke_summary(report: SmokeReport) -> list[str]:
         f"prompts: {printable(report.prompts.name)} {report.prompts.version}; judge: {report.judge}",
         f"verdict: {report.verdict} ({last} was to refuse {bounds} prompts)",
     ]
+
+
+def inspect_text(found: Inspection, *, every_tensor: bool, notes: bool = True) -> str:
+    """What a file holds: a head, a table of tensors or modules, and what speaks against it.
+
+    Args:
+        every_tensor: list all tensors instead of the first few, or of an adapter's modules.
+        notes: with what is no defect.
+    """
+    table, rest = _inspect_table(found, every_tensor)
+    lines = [*rest, *_at_most([f"warning: {printable(told)}" for told in found.warnings], _MOST_WARNINGS, "warnings")]
+    lines += [f"note: {printable(told)}" for told in found.notes if notes]
+    return rendered(table, lines, _inspect_head(found))
+
+
+def _inspect_head(found: Inspection) -> list[str]:
+    types = ", ".join(f"{count} {printable(name)}" for name, count in found.types.items())
+    what = [found.kind, found.format]
+    if found.architecture is not None or found.kind == "model":
+        what.append(f"architecture {printable(found.architecture or 'unknown')}")
+    lines = [
+        f"{printable(str(found.path))}: {', '.join(what)}",
+        f"{len(found.files)} file{'s' * (len(found.files) != 1)}, {found.nbytes:,} bytes; {found.parameters:,} "
+        f"parameters in {len(found.tensors)} tensors{': ' * bool(types)}{types}",
+    ]
+    if found.container is not None:
+        how = found.container
+        lines.append(f"GGUF version {how.version}, {how.byte_order}-endian, aligned to {how.alignment} bytes")
+    set_values = {key: value for key, value in found.metadata.items() if value not in (None, [], {})}
+    values = [f"  {printable(key)} = {_brief(value)}" for key, value in set_values.items()]
+    return [*lines, *_at_most(values, _MOST_KEYS, "keys"), ""]
+
+
+def _brief(value: Any) -> str:
+    """A metadata value in one line."""
+    if isinstance(value, dict) and value.keys() == {"type", "count", "items"}:
+        return f"{value['count']} x {value['type']}"
+    text = printable(str(value))
+    return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + " ..."
+
+
+def _at_most(lines: list[str], most: int, what: str) -> list[str]:
+    more = len(lines) - most
+    return lines if more <= 0 else [*lines[:most], f"  {more} more {what} (--json has all)"]
+
+
+def _inspect_table(found: Inspection, every_tensor: bool) -> tuple[Table, list[str]]:
+    """The table, and a line about what it leaves out."""
+    rows, headings, what = _tensor_rows(found), ("type", "shape", "bytes"), "tensors"
+    if found.modules and not every_tensor:
+        rows, headings, what = _pair_rows(found), ("out x in", "r", "scaling"), "modules"
+    table = Table(box=None, pad_edge=False)
+    table.add_column(what[:-1], overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    most = len(rows) if every_tensor else _MOST_ROWS
+    for row in rows[:most]:
+        table.add_row(*row)
+    hint = "--tensors shows all" if what == "tensors" else "--json has all"
+    return table, [f"{len(rows) - most} more {what} ({hint})"] if len(rows) > most else []
+
+
+def _tensor_rows(found: Inspection) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for tensor in found.tensors:
+        shape = "x".join(map(str, tensor.shape)) or "scalar"
+        rows.append((printable(tensor.name), printable(tensor.dtype), shape, f"{tensor.nbytes:,}"))
+    return rows
+
+
+def _pair_rows(found: Inspection) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for module in found.modules:
+        shape = "x".join(map(str, module.shape))
+        stack = f"{module.experts} x {shape}" if module.experts is not None else shape
+        rows.append((printable(module.name), stack, str(module.rank), _number(module.scaling, ".4g")))
+    return rows

@@ -1,80 +1,131 @@
-"""GGUF LoRA adapters, as llama.cpp loads them."""
+"""GGUF LoRA adapters as sources; how they are written is `gguf_output`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from converters.adapters.storing import PairOut, Rounding, round_pair
-from converters.atomic import atomic_file
-from converters.ggml import QType
-from converters.gguf_file import TensorOut, Value, float32, text, uint32s, write_gguf
+from converters.adapters.gguf_check import EMBEDDING, adapter_pairs, check_adapter, four
+from converters.adapters.lora import LoraPair
+from converters.errors import FormatError, UnsupportedError
+from converters.fingerprint import fingerprint_gguf
+from converters.gguf_header import read_gguf_header
+from converters.gguf_metadata import GgufHeader, GgufTensor
+from converters.gguf_tensors import GgufTensors
+from converters.models import Layout
+from converters.names import natural_order
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_EXPERTS = 4096
+"""More matrices in one stack than any model has; each becomes a pair of its own here."""
+
+_HUB = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)")
 
 
-def write_gguf_adapter(
-    target: Path,
-    pairs: Sequence[PairOut],
-    *,
-    architecture: str,
-    alpha: float,
-    qtype: QType,
-    metadata: Sequence[tuple[str, Value]] = (),
-    invocation_tokens: Sequence[int] = (),
-    force: bool = False,
-) -> dict[str, Rounding]:
-    """Writes an adapter file, whole or not at all.
+class GgufAdapter:
+    """A GGUF adapter file (a `LoraAdapter`): every matrix of a 3-D expert stack is a pair of its own.
 
-    llama.cpp scales every pair by alpha / r with the pair's own rank, so the caller folds whatever scaling
-    differs from that into B (see `folding_factor`).
+    Attributes:
+        header: its checked header.
+    """
 
-    Args:
-        pairs: named as GGUF weights, `blk.0.attn_q.weight`.
-        architecture: `general.architecture` of the model that the adapter is for.
-        alpha: `adapter.lora.alpha`; not 0, which llama.cpp takes for "no alpha".
-        qtype: the type of all tensors; pairs whose rows are no whole blocks are stored as F16.
-        metadata: further keys, in order.
+    format = "gguf"
+    layout: Layout = "gguf"
+    peft_config: bytes | None = None
+    frozen_tables: Mapping[str, str] = {}
 
-    Returns:
-        How each pair was rounded, by name.
+    def __init__(self, header: GgufHeader) -> None:
+        self.header = header
+        self.notes = check_adapter(header, native=False)
+        self._tensors = GgufTensors([header])
+        halves, _ = adapter_pairs(header)
+        pairs = [pair for name, (a, b) in halves.items() for pair in self._pairs(name, a, b)]
+        if not pairs:
+            raise FormatError("holds no LoRA pairs", file=header.path)
+        self.pairs: Mapping[str, LoraPair] = {
+            pair.module: pair for pair in sorted(pairs, key=lambda pair: natural_order(pair.module))
+        }
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+    @property
+    def tensor_file(self) -> Path:
+        return self.header.path
+
+    @property
+    def nbytes(self) -> int:
+        return self.header.file_size
+
+    @property
+    def architecture(self) -> str:
+        """`general.architecture`."""
+        return self.header.text("general.architecture") or ""  # `check_adapter` has seen one
+
+    @property
+    def lora_alpha(self) -> float:
+        """The stored alpha; where there is none, and llama.cpp leaves pairs unscaled, the largest rank."""
+        stored: float | None = self.header.value("adapter.lora.alpha")
+        return stored or float(max(pair.rank for pair in self.pairs.values()))
+
+    @property
+    def base_model_name(self) -> str | None:
+        match = _HUB.fullmatch(str(self.header.value("general.base_model.0.repo_url")))
+        return match[1] if match is not None else None
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...]:
+        return tuple(self.header.value("adapter.alora.invocation_tokens") or ())
+
+    def load_frozen_table(self, module: str) -> torch.Tensor:
+        raise KeyError(module)
+
+    def load(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        pair = self.pairs[module]
+        place = pair.expert or 0
+        out, into = pair.shape[::-1] if pair.embedding else pair.shape
+        rows_a = into if pair.embedding else pair.rank
+        a = self._tensors.rows(pair.tensors[0], place * rows_a, (place + 1) * rows_a)
+        b = self._tensors.rows(pair.tensors[1], place * out, (place + 1) * out)
+        return a.T if pair.embedding else a, b
+
+    def fingerprint(self) -> str:
+        return fingerprint_gguf(self.header)
+
+    def _pairs(self, name: str, a: GgufTensor, b: GgufTensor) -> Iterator[LoraPair]:
+        """A weight's pair, or those of its experts."""
+        embedding = name.endswith(EMBEDDING)
+        (outer, experts, *rest), (out, rank) = four(a.shape), four(b.shape)[2:]
+        if outer != 1 or (embedding and experts != 1):
+            raise UnsupportedError(f"has the shape {list(a.shape)}, expected (r, in) or (experts, r, in)",
+                                   file=self.path, tensor=a.name)  # fmt: skip
+        if experts > MAX_EXPERTS:
+            raise FormatError(
+                f"claims {experts} experts; at most {MAX_EXPERTS} are read", file=self.path, tensor=a.name
+            )
+        module, stacked = name.removesuffix(".weight"), len(a.shape) > 2
+        shape = (rest[0], out) if embedding else (out, rest[1])
+        scaling = self._scaling(rank)
+        for expert in range(experts):
+            own = f"{module}[{expert}]" if stacked else module
+            yield LoraPair(own, name, (a.name, b.name), rank, scaling, shape, embedding, expert if stacked else None)
+
+    def _scaling(self, rank: int) -> float:
+        alpha: float | None = self.header.value("adapter.lora.alpha")
+        return alpha / rank if alpha else 1.0
+
+
+def open_gguf_adapter(path: str | Path) -> GgufAdapter:
+    """Opens a GGUF adapter; reads its header only.
 
     Raises:
-        OutputPathError, WriteError: see `converters.atomic`. UnsupportedError: see `round_pair`.
+        FileMissingError: it can't be read.
+        FormatError: it is damaged, or no LoRA adapter.
+        UnsupportedError: sound, but in types that llama.cpp can't multiply.
     """
-    header = [
-        ("general.architecture", text(architecture)),
-        ("general.type", text("adapter")),
-        *metadata,
-        ("adapter.type", text("lora")),
-        ("adapter.lora.alpha", float32(alpha)),
-    ]
-    if invocation_tokens:
-        header.append(("adapter.alora.invocation_tokens", uint32s(invocation_tokens)))
-    report: dict[str, Rounding] = {}
-    tensors = [tensor for pair in pairs for tensor in _tensors(pair, qtype, report)]
-    with atomic_file(target, force=force) as file:
-        write_gguf(file, header, tensors)
-    return report
-
-
-def folding_factor(scaling: float, rank: int, alpha: float) -> float:
-    """What B must be multiplied by so that alpha / rank means `scaling`: exactly 1 for plain LoRA, whose alpha
-    may differ from the stored float32 in its last bits."""
-    factor = scaling * rank / alpha
-    return 1.0 if abs(factor - 1.0) < 1e-7 else factor
-
-
-def _tensors(pair: PairOut, qtype: QType, report: dict[str, Rounding]) -> tuple[TensorOut, TensorOut]:
-    """A's and B's entries; A is written first, and rounding both then leaves B's bytes waiting."""
-    waiting: list[bytes] = []
-
-    def give_a() -> bytes:
-        rounded = round_pair(pair, qtype)
-        waiting.append(rounded.b)
-        report[pair.name] = rounded.rounding
-        return rounded.a
-
-    a_type, b_type = pair.types(qtype)
-    return (
-        TensorOut(f"{pair.name}.lora_a", pair.stored_a_shape, a_type, give_a),
-        TensorOut(f"{pair.name}.lora_b", pair.b_shape, b_type, waiting.pop),
-    )
+    return GgufAdapter(read_gguf_header(path, "GGUF adapter"))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from converters.models import Layout
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,13 +21,15 @@ class LoraPair:
     table W (vocabulary, width) it is scaling * (B @ A).T, with A (r, vocabulary) and B (width, r).
 
     Attributes:
-        module: the adapted module's name in the checkpoint's layout, without `.weight`.
+        module: the adapted module's name in the adapter's layout, without `.weight`; one expert of a stack is
+            named `stack[number]`.
         key: the module's name in the adapter's own file.
         tensors: the names of A and B in the adapter's own file.
         rank: r, from the tensors.
         scaling: the true factor of this module, patterns and rsLoRA included.
         shape: the weight's shape (out, in), or (vocabulary, width).
         embedding: whether the weight is an embedding table.
+        expert: which matrix of a stack (experts, out, in) this is about; None for an ordinary weight.
     """
 
     module: str
@@ -35,6 +39,12 @@ class LoraPair:
     scaling: float
     shape: tuple[int, int]
     embedding: bool = False
+    expert: int | None = None
+
+    @property
+    def weight(self) -> str:
+        """The adapted tensor's name without `.weight`: the module, or the stack that it is one of."""
+        return self.module if self.expert is None else self.module.rpartition("[")[0]
 
 
 class LoraAdapter(Protocol):
@@ -49,6 +59,14 @@ class LoraAdapter(Protocol):
 
     @property
     def format(self) -> str: ...
+
+    @property
+    def layout(self) -> Layout:
+        """Whose names and row order its pairs have."""
+
+    @property
+    def architecture(self) -> str | None:
+        """GGUF's name of the architecture it is for; None where its format doesn't say."""
 
     @property
     def nbytes(self) -> int:
@@ -69,6 +87,21 @@ class LoraAdapter(Protocol):
     @property
     def invocation_tokens(self) -> tuple[int, ...]:
         """aLoRA's tokens, empty for an ordinary adapter."""
+
+    @property
+    def peft_config(self) -> bytes | None:
+        """The adapter's own adapter_config.json; None where its format has none."""
+
+    @property
+    def frozen_tables(self) -> Mapping[str, str]:
+        """Tensor names of base weights that were saved along unchanged, by module."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What it holds beside the pairs, and what becomes of that; a sentence each."""
+
+    def load_frozen_table(self, module: str) -> torch.Tensor:
+        """One of `frozen_tables`."""
 
     def load(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A (r, in) and B (out, r) of one pair, on the CPU, in their stored type."""

@@ -1,4 +1,4 @@
-"""PEFT adapters: a directory with adapter_config.json and adapter_model.safetensors."""
+"""PEFT adapters as sources: a directory with adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING
 
 from converters.adapters.lora import LoraPair
 from converters.adapters.peft_config import Meaning, PeftConfig, parse_peft_config
-from converters.adapters.storing import PairOut, Rounding, round_pair
-from converters.atomic import atomic_directory
 from converters.errors import FileMissingError, FormatError, UnsupportedError
 from converters.fingerprint import fingerprint
-from converters.ggml import QType, nbytes
+from converters.models import Layout
 from converters.names import canonical, natural_order
 from converters.paths import existing, parse_json_object, read_bytes
-from converters.safetensors_file import SafetensorsFile, write_safetensors
-from converters.tensors import TensorInfo
+from converters.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +24,7 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _LINEAR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
 _EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
 _FROZEN = re.compile(r"(.+)\.base_layer\.weight")
@@ -46,11 +43,14 @@ class PeftAdapter:
     """A PEFT LoRA adapter (a `LoraAdapter`); see `open_peft`."""
 
     format = "peft"
+    layout: Layout = "hugging_face"
+    architecture: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path, config_bytes: bytes, config: PeftConfig, file: SafetensorsFile) -> None:
         self.path = path
         self.config = config
-        self.config_bytes = config_bytes
+        self.peft_config = config_bytes
         self._file = file
         self._keys = _pair_keys(file)
         self.frozen_tables = _frozen_tables(file)
@@ -87,7 +87,7 @@ class PeftAdapter:
         return self._file.load(keys.a), self._file.load(keys.b)
 
     def fingerprint(self) -> str:
-        return fingerprint([self._file], extra=self.config_bytes)
+        return fingerprint([self._file], extra=self.peft_config)
 
     def _pair(self, module: str, keys: _PairKeys, meaning: Meaning) -> LoraPair:
         rank, columns = self._matrix(keys.a)
@@ -112,6 +112,7 @@ class PeftAdapter:
                 file=self._file.path,
                 tensor=key,
             )
+        self._file.check_type(key)
         return shape[0], shape[1]
 
 
@@ -134,8 +135,6 @@ def open_peft(path: str | Path) -> PeftAdapter:
         UnsupportedError: the adapter holds what pairs can't express, named in the message.
     """
     directory = existing(path, "the adapter")
-    if directory.suffix == ".gguf" and directory.is_file():
-        raise UnsupportedError("is a GGUF file; adapters are read from PEFT directories so far", file=directory)
     if not directory.is_dir():
         raise FileMissingError(f"is a file, expected a directory with {CONFIG}", file=directory)
     config_bytes = read_bytes(directory / CONFIG, "the adapter's configuration")
@@ -161,7 +160,7 @@ def _pair_keys(file: SafetensorsFile) -> dict[str, _PairKeys]:
     """
     found: dict[tuple[str, bool], dict[str, list[str]]] = defaultdict(lambda: {"A": [], "B": []})
     for key in file.infos:
-        plain = key.removeprefix(_PREFIX)
+        plain = key.removeprefix(PREFIX)
         if _FROZEN.fullmatch(plain):
             continue
         match = _LINEAR.fullmatch(plain) or _EMBEDDING.fullmatch(plain)
@@ -181,7 +180,7 @@ def _pair_keys(file: SafetensorsFile) -> dict[str, _PairKeys]:
 
 def _frozen_tables(file: SafetensorsFile) -> dict[str, str]:
     """Tensor names of base weights that were saved along, by canonical module."""
-    found = {key: _FROZEN.fullmatch(key.removeprefix(_PREFIX)) for key in file.infos}
+    found = {key: _FROZEN.fullmatch(key.removeprefix(PREFIX)) for key in file.infos}
     return {canonical(match[1]): key for key, match in found.items() if match is not None}
 
 
@@ -200,59 +199,3 @@ def _foreign_tensor(key: str, path: Path) -> UnsupportedError:
         if mark in key:
             return UnsupportedError(what, file=path, tensor=key)
     return UnsupportedError("is neither a lora_A nor a lora_B and can't be expressed", file=path, tensor=key)
-
-
-def write_peft_adapter(
-    target: Path,
-    pairs: Sequence[PairOut],
-    *,
-    config: bytes,
-    qtype: QType,
-    metadata: Mapping[str, str],
-    card: str,
-    force: bool = False,
-) -> dict[str, Rounding]:
-    """Writes an adapter directory, whole or not at all: configuration, tensors and a card (README.md).
-
-    Args:
-        pairs: named as PEFT modules, without the prefix `base_model.model.`.
-        config: the bytes of adapter_config.json, whose scaling the pairs rely on.
-        qtype: F32, F16 or BF16.
-        metadata: free-form strings for the safetensors header.
-
-    Returns:
-        How each pair was rounded, by name.
-
-    Raises:
-        OutputPathError, WriteError: see `converters.atomic`. UnsupportedError: see `round_pair`.
-    """
-    infos, owners = [], {}
-    for pair in pairs:
-        for half, shape in (("A", pair.a_shape), ("B", pair.b_shape)):
-            key = _key(pair, half)
-            infos.append(TensorInfo(key, shape, qtype.name, nbytes(shape, qtype)))
-            owners[key] = pair
-    report: dict[str, Rounding] = {}
-    waiting: dict[str, bytes] = {}
-
-    def give(key: str) -> list[bytes]:
-        if key in waiting:
-            return [waiting.pop(key)]
-        pair = owners[key]
-        rounded = round_pair(pair, qtype)
-        report[pair.name] = rounded.rounding
-        waiting[_key(pair, "B")] = rounded.b
-        return [rounded.a]
-
-    with atomic_directory(target, force=force) as directory:
-        with (directory / WEIGHTS).open("wb") as file:
-            write_safetensors(file, infos, give, {"format": "pt", **metadata})
-        (directory / CONFIG).write_bytes(config)
-        (directory / "README.md").write_text(card, encoding="utf-8")
-    return report
-
-
-def _key(pair: PairOut, half: str) -> str:
-    if pair.embedding:
-        return f"{_PREFIX}{pair.name}.lora_embedding_{half}"
-    return f"{_PREFIX}{pair.name}.lora_{half}.weight"

@@ -99,7 +99,11 @@ def parse_peft_config(raw: Mapping[str, Any], path: Path) -> PeftConfig:
 def _refuse_what_is_more_than_pairs(raw: Mapping[str, Any], path: Path) -> None:
     kind = raw.get("peft_type")
     if kind is None and "lora_parameters" in raw:
-        raise UnsupportedError("is an MLX adapter; only PEFT adapters are read so far", file=path)
+        raise UnsupportedError(
+            "is an MLX adapter's configuration, and there is no adapters.safetensors beside it; copy the numbered "
+            "checkpoint that you want to that name",
+            file=path,
+        )
     if kind != "LORA":
         raise UnsupportedError(f"peft_type is {kind!r}; only LORA adapters can be read", file=path)
     for switch, what in _REFUSED_SWITCHES.items():

@@ -28,6 +28,7 @@ class PairOut:
         source: the file that the pair comes from, for messages.
         embedding: whether the weight is an embedding table; formats name its pairs in their own way.
         transpose_a: whether A is stored as (in, r).
+        stacked: whether it is one matrix of a stack (experts, ...) stored as one tensor.
     """
 
     name: str
@@ -37,6 +38,7 @@ class PairOut:
     source: Path
     embedding: bool = False
     transpose_a: bool = False
+    stacked: bool = False
 
     @property
     def stored_a_shape(self) -> tuple[int, int]:

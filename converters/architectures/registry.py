@@ -7,18 +7,27 @@ from converters.errors import UnsupportedError
 
 KNOWN: tuple[Architecture, ...] = (LLAMA, QWEN2, QWEN3)
 
-_BY_CLASS = {name: architecture for architecture in KNOWN for name in architecture.classes}
+_BY_NAME = {name: entry for entry in KNOWN for name in (entry.name, *entry.classes)}
 
 
-def architecture_of(class_name: str) -> Architecture:
-    """The table entry for a class named in config.json.
+def find_architecture(name: str) -> Architecture | None:
+    """The table entry for a class named in config.json, or for GGUF's name of an architecture."""
+    return _BY_NAME.get(name)
+
+
+def architecture_of(name: str, remedy: str) -> Architecture:
+    """Like `find_architecture`.
+
+    Args:
+        remedy: what else the user can do; ends the message.
 
     Raises:
         UnsupportedError: there is none.
     """
-    if class_name in _BY_CLASS:
-        return _BY_CLASS[class_name]
+    found = find_architecture(name)
+    if found is not None:
+        return found
     raise UnsupportedError(
-        f"the architecture {class_name} has no table for GGUF yet; known are {', '.join(sorted(_BY_CLASS))}. "
-        f"Writing a PEFT directory (an --out that does not end in .gguf) works for any architecture"
+        f"the architecture {name} has no table between Hugging Face's layout and GGUF's yet; known are "
+        f"{', '.join(sorted(_BY_NAME))}. {remedy}"
     )

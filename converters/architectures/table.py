@@ -38,6 +38,16 @@ class Rule:
             weight = transform.weight(weight, heads)
         return weight
 
+    def check_rows(self, shape: tuple[int, ...], heads: HeadCounts) -> None:
+        """Tries the rule on a shape without data.
+
+        Raises:
+            FormatError: heads that don't divide the rows.
+        """
+        import torch
+
+        self.weight(torch.empty(shape, device="meta"), heads)
+
     def pair(self, a: torch.Tensor, b: torch.Tensor, heads: HeadCounts) -> tuple[torch.Tensor, torch.Tensor]:
         """A LoRA pair A (r, in), B (out, r), brought into the target's layout."""
         for transform in self.transforms:

@@ -62,4 +62,4 @@ def test_rows_that_are_no_heads_are_refused() -> None:
 
 def test_unknown_classes_are_named() -> None:
     with pytest.raises(UnsupportedError, match="FooForCausalLM"):
-        architecture_of("FooForCausalLM")
+        architecture_of("FooForCausalLM", "Do this instead.")

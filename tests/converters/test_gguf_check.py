@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from gguf_bytes import BF16, BIG, F16, F64, I32, LITTLE, Q8_0, UINT32, Packer, Tensor, adapter_keys
 
-from converters.adapters.gguf_check import check_adapter, check_model
+from converters.adapters.gguf_check import adapter_findings, check_adapter, check_model
 from converters.errors import FormatError, InputError, MismatchError, UnsupportedError
 from converters.gguf_header import read_gguf_header
 from converters.gguf_metadata import GgufHeader
@@ -134,6 +134,28 @@ def test_tensors_that_llama_cpp_rejects_or_dies_of(
     with pytest.raises(error, match=told) as caught:
         check_adapter(adapter(tmp_path, tensors), [model(tmp_path)])
     assert caught.value.tensor is not None and caught.value.file == str(tmp_path / "adapter.gguf")
+
+
+def test_all_findings_are_told_and_the_first_is_raised(tmp_path: Path) -> None:
+    tensors = [
+        *pair(Q, (4, 64), (96, 5)),
+        *pair("blk.0.attn_k.weight", (4, 64), (96, 4)),
+        *pair("output.weight", (4, 64), (100, 4), I32, F64),
+        *pair(EXPERTS, (3, 8, 64), (3, 48, 8)),
+        Tensor("blk.0.attn_q.bias", (96,)),
+        Tensor("blk.0.attn_norm.weight", (64,)),
+    ]
+    keys = {"adapter_type": None, "adapter_lora_alpha": NATIVE.uint32(8), "general_architecture": NATIVE.text("qwen2")}
+    ours, theirs = adapter(tmp_path, tensors, **keys), model(tmp_path)
+    found = list(adapter_findings(ours, [theirs]))
+    expected = (
+        "adapter.type is missing", "stored as UINT32", "neither half of a pair", "of one rank", "stored as I32",
+        "stored as F64", "the architecture 'qwen2'", "the model lacks", r"needs [4, 8, 64]", "ignores blk.0.attn_norm",
+    )  # fmt: skip
+    assert len(found) == len(expected)
+    assert all(part in str(finding) for part, finding in zip(expected, found, strict=True))
+    with pytest.raises(FormatError, match=r"adapter\.type is missing"):
+        check_adapter(ours, [theirs])
 
 
 def test_tied_embeddings_take_neither_pair(tmp_path: Path) -> None:

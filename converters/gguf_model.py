@@ -1,0 +1,138 @@
+"""A model as llama.cpp runs it: one GGUF file, or the shards of a split one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.adapters.gguf_check import check_model
+from converters.architectures import HeadCounts
+from converters.errors import FormatError, UnsupportedError
+from converters.fingerprint import fingerprint_gguf
+from converters.ggml import dequantize
+from converters.gguf_metadata import GgufHeader
+from converters.gguf_shards import read_gguf_headers
+from converters.gguf_tensors import GgufTensors
+from converters.models import Layout
+from converters.rounding import is_exact, rounding_variances
+from converters.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+_HUB = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)")
+_HEAD = "output.weight"
+
+
+class GgufModel:
+    """A GGUF model's metadata and tensors (a `Model`); quantized tensors are read as float32.
+
+    Attributes:
+        path: the file that the user named, the first shard of a split model.
+        headers: of all shards, in order.
+    """
+
+    format = "gguf"
+    layout: Layout = "gguf"
+
+    def __init__(self, path: Path, headers: Sequence[GgufHeader]) -> None:
+        self.path = path
+        self.headers = headers
+        self._tensors = GgufTensors(headers)
+        self._types = {name: tensor.qtype for header in headers for name, tensor in header.tensors.items()}
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._tensors.infos
+
+    def load(self, name: str) -> torch.Tensor:
+        return self._tensors.load(name)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._tensors.rows(name, start, stop)
+
+    def prefetch(self, name: str) -> None:
+        self._tensors.prefetch(name)
+
+    def rounding(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, int] | None:
+        import torch
+
+        qtype = self._types[name]
+        if is_exact(qtype):
+            return None
+        variances, run = rounding_variances(self._tensors.blocks(name, start, stop), qtype, _values)
+        return torch.from_numpy(variances), run
+
+    @property
+    def nbytes(self) -> int:
+        return sum(header.file_size for header in self.headers)
+
+    @property
+    def architecture(self) -> str:
+        return self.headers[0].text("general.architecture") or ""  # `open_gguf_model` has seen one
+
+    @property
+    def tied_embeddings(self) -> bool:
+        return _HEAD not in self.infos
+
+    @property
+    def described_by(self) -> Path:
+        return self.headers[0].path
+
+    @property
+    def repositories(self) -> tuple[str, ...]:
+        found = [_HUB.fullmatch(str(self.headers[0].value(key))) for key in ("general.repo_url", "general.source.url")]
+        return tuple(match[1] for match in found if match is not None)
+
+    def heads(self) -> HeadCounts:
+        query = self._count("head_count")
+        return HeadCounts(query, self._count("head_count_kv", query))
+
+    def check_type(self, name: str) -> None:
+        if self.infos[name].dtype == "NVFP4" and f"{name.removesuffix('.weight')}.scale" in self.infos:
+            message = "is NVFP4 with a scale in a tensor of its own, which is not read; take another file of the model"
+            raise UnsupportedError(message, file=self.file_of(name), tensor=name)
+        if self.infos[name].elements:
+            self.rows(name, 0, 1)
+            self.rounding(name, 0, 1)
+
+    def file_of(self, name: str) -> Path:
+        return self._tensors.file_of(name)
+
+    def stored_name(self, name: str) -> str:
+        return name
+
+    def fingerprint(self) -> str:
+        return fingerprint_gguf(*self.headers)
+
+    def _count(self, what: str, default: int | None = None) -> int:
+        """A number of heads; some architectures give one for each layer, which must then be the same."""
+        key = f"{self.architecture}.attention.{what}"
+        value = self.headers[0].value(key)
+        counts = set(value) if isinstance(value, list) else {default if value is None else value}
+        if len(counts) != 1:
+            raise FormatError(f"{key} differs from layer to layer: its rows can't be reordered", file=self.path)
+        count = counts.pop()
+        if type(count) is not int or not 0 < count < 1 << 20:
+            raise FormatError(f"{key} is {str(count)[:40]}, expected a number of attention heads", file=self.path)
+        return count
+
+
+def _values(blocks: NDArray[np.uint8], qtype: int) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = dequantize(blocks, qtype).numpy()
+    return values
+
+
+def open_gguf_model(path: str | Path) -> GgufModel:
+    """Opens a GGUF model by its file or first shard; reads all headers, no tensor data.
+
+    Raises:
+        FileMissingError: a file is missing. FormatError: a header is damaged, or it is no language model.
+    """
+    headers = read_gguf_headers(path, "GGUF model")
+    check_model(headers, native=False)
+    return GgufModel(Path(path), headers)

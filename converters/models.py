@@ -1,0 +1,81 @@
+"""What a model is, whatever files it comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from converters.tensors import TensorSource
+
+if TYPE_CHECKING:
+    import torch
+
+    from converters.architectures import HeadCounts
+
+Layout = Literal["hugging_face", "gguf"]
+"""Whose tensor names and row order a file has."""
+
+
+class Model(TensorSource, Protocol):
+    """A model on disk: headers known, tensors read one at a time, or some of their rows."""
+
+    @property
+    def path(self) -> Path:
+        """The file or directory that the user named."""
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all its tensor files."""
+
+    @property
+    def architecture(self) -> str:
+        """The class that config.json names, or GGUF's `general.architecture`.
+
+        Raises:
+            FormatError: it names none.
+        """
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output matrix is the embedding matrix, so that no tensor of its own exists."""
+
+    @property
+    def described_by(self) -> Path:
+        """The file that says what the model is: config.json, or the GGUF file itself."""
+
+    @property
+    def repositories(self) -> tuple[str, ...]:
+        """What it says it was published as; unchecked text."""
+
+    def heads(self) -> HeadCounts:
+        """Its attention heads.
+
+        Raises:
+            FormatError: it doesn't say, or not in one number.
+        """
+
+    def check_type(self, name: str) -> None:
+        """Raises UnsupportedError, from the header, for a tensor that can't be read or whose rounding isn't known."""
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor, for messages."""
+
+    def stored_name(self, name: str) -> str:
+        """What that file calls the tensor, for messages."""
+
+    def fingerprint(self) -> str:
+        """See `converters.fingerprint`."""
+
+    def rounding(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, int] | None:
+        """Variances of the rounding errors in rows [start, stop) of a quantized tensor: float32 (rows, columns / run)
+        and the run of neighbours that each stands for. None where the stored values are the model's own.
+
+        Raises:
+            UnsupportedError: a type whose rounding is not known.
+        """

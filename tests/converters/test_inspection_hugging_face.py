@@ -1,0 +1,276 @@
+"""Oracles: what was saved; PEFT's and mlx-lm's own formulas; and the readers of the other commands, all of whose
+refusals must be told at once."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Sizes, adapter_config, config, pairs, save_adapter, save_model, save_sharded, weights
+from safetensors.torch import save_file
+
+from converters.adapters.mlx import open_mlx
+from converters.adapters.peft import open_peft
+from converters.checkpoint import open_checkpoint
+from converters.errors import FileMissingError, FormatError, InputError
+from converters.inspection import Inspection, inspect_path
+
+SIZES = Sizes()
+MODULE = "model.layers.0.self_attn.q_proj"
+KEY = f"base_model.model.{MODULE}"
+
+
+def told(found: Inspection) -> str:
+    return "\n".join(found.warnings)
+
+
+# Hugging Face models
+
+
+def test_a_checkpoint_whole_sharded_and_by_its_file(tmp_path: Path) -> None:
+    tensors = weights(SIZES, 1)
+    plain = save_model(tmp_path / "plain", tensors, config(SIZES))
+    for path in (plain, plain / "model.safetensors", save_sharded(tmp_path / "sharded", tensors, config(SIZES))):
+        found, model = inspect_path(path), open_checkpoint(path)
+        assert {t.name: t.shape for t in found.tensors} == {name: tuple(t.shape) for name, t in tensors.items()}
+        assert found.parameters == sum(tensor.numel() for tensor in tensors.values())
+        assert (found.kind, found.format, found.architecture) == ("model", "safetensors", "LlamaForCausalLM")
+        assert (found.fingerprint, found.nbytes) == (model.fingerprint(), model.nbytes)
+        assert found.metadata["hidden_size"] == SIZES.hidden and found.warnings == ()
+    assert len(found.files) == 2
+
+
+def test_a_model_without_its_configuration_or_class(tmp_path: Path) -> None:
+    plain = save_model(tmp_path / "plain", weights(SIZES, 1), {"hidden_size": 64})
+    found = inspect_path(plain)
+    assert found.architecture is None and 'has no "architectures"' in told(found)
+    (plain / "config.json").unlink()
+    for path in (plain, plain / "model.safetensors"):
+        found = inspect_path(path)
+        assert found.architecture is None and "config.json: " in told(found) and found.tensors
+        assert found.metadata == {"__metadata__": {"format": "pt"}}
+
+
+def test_files_without_an_index_are_listed(tmp_path: Path) -> None:
+    sharded = save_sharded(tmp_path / "m", weights(SIZES, 1), config(SIZES))
+    (sharded / "model.safetensors.index.json").unlink()
+    found = inspect_path(sharded)
+    assert "2 .safetensors files and no index" in told(found) and len(found.files) == 2
+    assert found.architecture == "LlamaForCausalLM"
+
+
+def test_quantized_checkpoints_and_odd_architectures(tmp_path: Path) -> None:
+    tensors = {
+        "model.a.weight": torch.zeros(4, 4, dtype=torch.uint8),
+        "model.b.qweight": torch.zeros(4, dtype=torch.int32),
+    }
+    found = inspect_path(save_model(tmp_path / "m", tensors, config(SIZES, "OddForCausalLM")))
+    assert "model.a.weight: stored as U8" in told(found) and "model.b.qweight: stored as I32" in told(found)
+    assert any("OddForCausalLM has no table" in note for note in found.notes)
+
+
+def test_pickled_models_and_adapters_are_told_and_never_opened(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config(SIZES)))
+    (model / "pytorch_model.bin").write_bytes(b"no pickle at all")
+    found = inspect_path(model)
+    assert (found.kind, found.format, found.architecture) == ("model", "pickle", "LlamaForCausalLM")
+    assert "pickle" in told(found)
+    adapter = save_adapter(tmp_path / "adapter", pairs(SIZES.modules(), 1), adapter_config(use_dora=True))
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    found = inspect_path(adapter)
+    assert (found.kind, found.format, found.tensors) == ("adapter", "peft", ())
+    assert len(found.warnings) == 2
+    assert "uses DoRA" in told(found) and "adapter_model.bin: is a pickle" in told(found)
+    (adapter / "adapter_config.json").write_text(json.dumps(adapter_config()))
+    assert inspect_path(adapter).warnings == (f"adapter_model.bin: {refusal(adapter).message}",)
+
+
+# PEFT
+
+
+def test_scalings_follow_the_configuration_s_own_formula(tmp_path: Path) -> None:
+    settings = adapter_config(r=4, alpha=12, use_rslora=True, rank_pattern={"k_proj": 9}, alpha_pattern={"v_proj": 5})
+    ranks = {module: 9 for module in SIZES.modules() if module.endswith("k_proj")}
+    found = inspect_path(save_adapter(tmp_path / "a", pairs(SIZES.modules(), 1, ranks=ranks), settings))
+    for module in found.modules:
+        rank = 9 if module.name.endswith("k_proj") else 4
+        alpha = 5 if module.name.endswith("v_proj") else 12
+        assert (module.rank, module.shape) == (rank, SIZES.modules()[module.name])
+        assert module.scaling == pytest.approx(alpha / math.sqrt(rank), rel=1e-15)
+    assert len(found.modules) == len(SIZES.modules()) and found.warnings == ()
+    assert any("use_rslora and alpha_pattern" in note for note in found.notes)
+
+
+def test_an_adapter_s_fingerprint_is_that_of_other_commands(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "a", pairs(SIZES.modules(), 1), adapter_config())
+    assert inspect_path(adapter).fingerprint == open_peft(adapter).fingerprint()
+    assert inspect_path(adapter / "adapter_model.safetensors").fingerprint == open_peft(adapter).fingerprint()
+
+
+SETTINGS: dict[str, Any] = {
+    "use_dora": True,
+    "modules_to_save": ["embed_tokens"],
+    "trainable_token_indices": [1],
+    "layer_replication": [[0, 1]],
+    "target_parameters": ["experts"],
+    "lora_bias": True,
+    "init_lora_weights": "pissa",
+    "peft_type": "LOHA",
+    "lora_alpha": "sixteen",
+    "rank_pattern": {"(": 4},
+}
+TENSORS: dict[str, tuple[int, ...]] = {
+    f"{KEY}.lora_magnitude_vector.weight": (64,),
+    "base_model.model.lm_head.modules_to_save.weight": (8, 8),
+    "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": (1, 64),
+    f"{KEY}.bias": (64,),
+    f"{KEY}.lora_B.bias": (64,),
+    "base_model.model.model.norm.weight": (64,),
+    "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": (4, 64),
+    "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight": (0,),
+    "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight": (0,),
+    "base_model.model.model.layers.2.mlp.up_proj.lora_A.weight": (7, 64),
+    "base_model.model.model.layers.2.mlp.up_proj.lora_B.weight": (96, 7),
+}
+
+
+def refusal(adapter: Path) -> InputError:
+    with pytest.raises(InputError) as caught:
+        open_peft(adapter)
+    return caught.value
+
+
+def test_everything_that_other_commands_refuse_in_a_peft_adapter_is_told_at_once(tmp_path: Path) -> None:
+    good = pairs({MODULE: (64, 64)}, 1)
+    odd = {name: torch.zeros(*shape) for name, shape in TENSORS.items()}
+    settings = {key: value for key, value in SETTINGS.items() if key != "lora_alpha"}
+    found = inspect_path(save_adapter(tmp_path / "all", good | odd, adapter_config(**settings)))
+    for key, value in settings.items():
+        alone = refusal(save_adapter(tmp_path / key, good, adapter_config(**{key: value})))
+        assert alone.message in told(found), key
+    for number, name in enumerate(odd):
+        mate = name.replace("lora_A", "lora_B") if ".layers.0." not in name else name
+        some = {part: odd[part] for part in {name, mate, name.replace("lora_B", "lora_A")} if part in odd}
+        alone = refusal(save_adapter(tmp_path / f"tensor {number}", good | some, adapter_config()))
+        if name.partition(".layers.2.")[1]:
+            continue  # the ranks: rank_pattern is unsound here, so nothing can be said of them
+        assert alone.message in told(found), name
+    assert MODULE in [module.name for module in found.modules]
+    assert all(module.scaling is None for module in found.modules)
+
+
+def test_ranks_that_contradict_the_configuration(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "a", pairs(SIZES.modules(), 1, ranks={MODULE: 7}), adapter_config())
+    found = inspect_path(adapter)
+    assert found.warnings == (f"adapter_model.safetensors: {KEY}.lora_A.weight: {refusal(adapter).message}",)
+    assert {module.name for module in found.modules} == SIZES.modules().keys() - {MODULE}
+    assert all(module.scaling == 2.0 for module in found.modules)
+
+
+def test_an_unsound_scaling_is_no_scaling(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "a", pairs(SIZES.modules(), 1), adapter_config() | {"lora_alpha": "sixteen"})
+    found = inspect_path(adapter)
+    assert "lora_alpha is 'sixteen'" in told(found) and {module.scaling for module in found.modules} == {None}
+    (adapter / "adapter_config.json").unlink()
+    found = inspect_path(adapter)
+    assert "adapter_config.json: the adapter's configuration: no such file" in told(found)
+    assert [(module.rank, module.scaling) for module in found.modules] == [(4, None)] * len(SIZES.modules())
+
+
+def test_a_pattern_without_end_is_told_and_leaves_the_tensors_ranks(tmp_path: Path) -> None:
+    module = f"model.{'a' * 40}"
+    settings = adapter_config(r=8, alpha_pattern={"(a+)+b": 4})
+    found = inspect_path(save_adapter(tmp_path / "a", pairs({module: (8, 8)}, 1, r=4), settings))
+    assert "backtracks without end" in told(found)
+    assert [(each.name, each.rank, each.scaling) for each in found.modules] == [(module, 4, None)]
+
+
+def test_two_adapters_in_one_file(tmp_path: Path) -> None:
+    tensors = pairs({MODULE: (64, 64)}, 1)
+    tensors |= {name.replace(".weight", ".default.weight"): tensor.clone() for name, tensor in tensors.items()}
+    adapter = save_adapter(tmp_path / "a", tensors, adapter_config())
+    assert refusal(adapter).message in told(inspect_path(adapter))
+
+
+def test_adapters_in_integers_and_activated_ones(tmp_path: Path) -> None:
+    tensors = pairs({MODULE: (64, 64)}, 1)
+    tensors[f"{KEY}.lora_A.weight"] = torch.zeros(4, 64, dtype=torch.int8)
+    found = inspect_path(save_adapter(tmp_path / "a", tensors, adapter_config(alora_invocation_tokens=[1, 2])))
+    assert "stored as I8" in told(found) and "activated LoRA" in told(found)
+
+
+# MLX
+
+
+def save_mlx(directory: Path, tensors: Mapping[str, torch.Tensor], **settings: Any) -> Path:
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(dict(tensors), directory / "adapters.safetensors")
+    return directory
+
+
+MLX = {f"{MODULE}.lora_a": torch.zeros(64, 4), f"{MODULE}.lora_b": torch.zeros(4, 96)}
+LORA = {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 2.5}}
+
+
+def test_an_mlx_adapter(tmp_path: Path) -> None:
+    adapter = save_mlx(tmp_path / "a", MLX, **LORA)
+    found = inspect_path(adapter)
+    module = found.modules[0]  # delta = scale * (a @ b).T, so (out, in) is (96, 64)
+    assert (module.name, module.rank, module.scaling, module.shape) == (MODULE, 4, 2.5, (96, 64))
+    assert (found.format, found.warnings, found.fingerprint) == ("mlx", (), open_mlx(adapter).fingerprint())
+    assert inspect_path(adapter / "adapters.safetensors").format == "mlx"
+
+
+def test_everything_that_other_commands_refuse_in_an_mlx_adapter_is_told_at_once(tmp_path: Path) -> None:
+    odd = {
+        f"{MODULE}.m": torch.zeros(96),
+        "model.norm.weight": torch.zeros(64),
+        "model.layers.1.mlp.up_proj.lora_a": torch.zeros(64, 4),
+        "model.layers.2.mlp.up_proj.lora_a": torch.zeros(2, 64, 4),
+    }
+    settings = {"fine_tune_type": "dora", "use_dora": True, "lora_parameters": {"rank": 0, "scale": "much"}}
+    found = inspect_path(save_mlx(tmp_path / "a", MLX | odd, **settings))
+    for part in ("uses DoRA", "rank is 0", "scale is 'much'", "holds DoRA magnitudes", "whole tensor trained",
+                 "has a lora_a but no lora_b", "stacked experts"):  # fmt: skip
+        assert part in told(found)
+    assert [(module.name, module.scaling) for module in found.modules] == [(MODULE, None)]
+
+
+def test_a_dora_setting_alone_leaves_the_scale_known(tmp_path: Path) -> None:
+    found = inspect_path(save_mlx(tmp_path / "a", MLX, **(LORA | {"fine_tune_type": "dora"})))
+    assert "uses DoRA" in told(found) and found.modules[0].scaling == 2.5
+
+
+def test_halves_under_another_name_are_no_model(tmp_path: Path) -> None:
+    save_file(MLX, tmp_path / "0000100_adapters.safetensors")
+    found = inspect_path(tmp_path / "0000100_adapters.safetensors")
+    assert found.kind == "adapter" and "halves of LoRA pairs" in told(found)
+
+
+# What can't be read
+
+
+def test_what_is_damaged_or_missing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "config only").mkdir()
+    (tmp_path / "config only" / "adapter_config.json").write_text("{}")
+    damaged = save_adapter(tmp_path / "damaged", pairs({MODULE: (64, 64)}, 1), adapter_config())
+    (damaged / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
+    broken = save_adapter(tmp_path / "broken", pairs({MODULE: (64, 64)}, 1), adapter_config())
+    (broken / "adapter_config.json").write_text("{")
+    lost = save_sharded(tmp_path / "lost", weights(SIZES, 1), config(SIZES))
+    (lost / "model-00002-of-00002.safetensors").unlink()
+    for name, error in (
+        ("empty", FileMissingError), ("config only", FileMissingError), ("lost", FileMissingError),
+        ("damaged", FormatError), ("broken", FormatError),
+    ):  # fmt: skip
+        with pytest.raises(error):
+            inspect_path(tmp_path / name)
