@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.adapters.lora import LoraAdapter, LoraPair
-from converters.architectures import Architecture, HeadCounts, Rule, architecture_of
+from converters.architectures import Architecture, HeadCounts, Rule, architecture_of, find_architecture
 from converters.errors import Error, FormatError, MismatchError, UnsupportedError
-from converters.models import Layout, Model
+from converters.models import Layout, Model, ModelDescription
 from converters.names import canonical, natural_order
 from converters.tensors import TensorInfo
 
@@ -66,6 +66,11 @@ def _bridge(base: Model, aligned: Model, adapter: LoraAdapter) -> Bridge:
             file=aligned.described_by,
         )
     return Bridge(tables[1], heads[1])
+
+
+def find_table(model: ModelDescription) -> Architecture | None:
+    """The table of a model's architecture, where there is one."""
+    return find_architecture(model.architecture)
 
 
 def _told(heads: HeadCounts) -> str:

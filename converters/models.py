@@ -16,22 +16,15 @@ Layout = Literal["hugging_face", "gguf"]
 """Whose tensor names and row order a file has."""
 
 
-class Model(TensorSource, Protocol):
-    """A model on disk: headers known, tensors read one at a time, or some of their rows."""
+class ModelDescription(Protocol):
+    """What an adapter's conversion must know of the model that it is for; no tensors."""
 
     @property
     def path(self) -> Path:
         """The file or directory that the user named."""
 
     @property
-    def format(self) -> str: ...
-
-    @property
     def layout(self) -> Layout: ...
-
-    @property
-    def nbytes(self) -> int:
-        """The size of all its tensor files."""
 
     @property
     def architecture(self) -> str:
@@ -59,6 +52,17 @@ class Model(TensorSource, Protocol):
         Raises:
             FormatError: it doesn't say, or not in one number.
         """
+
+
+class Model(ModelDescription, TensorSource, Protocol):
+    """A model on disk: headers known, tensors read one at a time, or some of their rows."""
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all its tensor files."""
 
     def check_type(self, name: str) -> None:
         """Raises UnsupportedError, from the header, for a tensor that can't be read or whose rounding isn't known."""

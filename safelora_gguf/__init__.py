@@ -19,6 +19,7 @@ from safelora_gguf._version import __version__
 if TYPE_CHECKING:
     from converters.errors import Error
     from converters.inspection import Inspection, inspect_path
+    from safelora_gguf.convert import ConvertReport, convert_adapter
     from safelora_gguf.demo import DemoReport, run_demo
     from safelora_gguf.project import project_adapter
     from safelora_gguf.report import ProjectReport
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
     from safelora_gguf.smoke import SmokeReport, smoke_test
 
 _HOMES = {
+    "ConvertReport": "safelora_gguf.convert",
     "DemoReport": "safelora_gguf.demo",
     "Error": "converters.errors",
     "Inspection": "converters.inspection",
     "ProjectReport": "safelora_gguf.report",
     "Selection": "safelora_gguf.selection",
     "SmokeReport": "safelora_gguf.smoke",
+    "convert_adapter": "safelora_gguf.convert",
     "inspect_path": "converters.inspection",
     "run_demo": "safelora_gguf.demo",
     "project_adapter": "safelora_gguf.project",
@@ -39,6 +42,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ConvertReport",
     "DemoReport",
     "Error",
     "Inspection",
@@ -46,6 +50,7 @@ __all__ = [
     "Selection",
     "SmokeReport",
     "__version__",
+    "convert_adapter",
     "inspect_path",
     "project_adapter",
     "run_demo",

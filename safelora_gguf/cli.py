@@ -47,6 +47,12 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+convert = typer.Typer(
+    help="Convert adapters between PEFT, MLX and GGUF, offline, each with its true strength.", no_args_is_help=True
+)
+app.add_typer(convert, name="convert")
+
+
 @app.callback()
 def _root(
     version: Annotated[
@@ -105,6 +111,39 @@ def project(
         return Outcome(text)
 
     _run("project", body, json, verbose)
+
+
+@convert.command("adapter")
+def convert_adapter_command(
+    source: Annotated[Path, typer.Argument(help="The adapter: a PEFT or MLX directory, or a .gguf file.")],
+    out: Annotated[Path, typer.Option(help="A .gguf file, or a directory for PEFT.")],
+    base: Annotated[
+        Path | None, typer.Option(help="The model it is for: directory, config.json or .gguf; no weights needed.")
+    ] = None,
+    outtype: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0.")] = "f32",
+    to: Annotated[str | None, typer.Option(help="gguf: name the file by convention inside --out.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Check all headers, write nothing.")] = False,
+    force: Force = False,
+    json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Convert a LoRA adapter: PEFT or MLX to GGUF, MLX or GGUF to PEFT, by what --out is."""
+
+    def body() -> Outcome:
+        from safelora_gguf.convert import convert_adapter
+        from safelora_gguf.exits import Outcome
+        from safelora_gguf.report import dump_json
+        from safelora_gguf.terminal import convert_summary, convert_table, rendered
+
+        result = convert_adapter(
+            source, out, base=base, outtype=outtype, to=_choice(to, "to", ("gguf", "peft", None)), force=force,
+            dry_run=dry_run,
+        )  # fmt: skip
+        summary = convert_summary(result, notes=not quiet)
+        return Outcome(dump_json(result.to_json()) if json else rendered(convert_table(result), summary))
+
+    _run("convert adapter", body, json, verbose)
 
 
 @app.command()
@@ -176,7 +215,7 @@ def inspect(
         found = inspect_path(path)
         data = {"command": "inspect", "version": __version__, **found.to_json()}
         text = dump_json(data) if json else inspect_text(found, every_tensor=tensors, notes=not quiet)
-        return Outcome(text.encode("utf-8", "replace").decode())  # names may hold what no output can
+        return Outcome(text)
 
     _run("inspect", body, json, verbose)
 

@@ -29,7 +29,7 @@ from safelora_gguf.device import exact_float32, resolve_device
 from safelora_gguf.pairing import Triple, pair_up
 from safelora_gguf.projection import blend
 from safelora_gguf.references import check_references, score_notes
-from safelora_gguf.report import InputReport, ModuleReport, OutputReport, ProjectReport
+from safelora_gguf.report import InputReport, ModuleReport, OutputReport, ProjectReport, rounding_notes
 from safelora_gguf.scoring import Operator, Progress, Score, Scorer, norm_of
 from safelora_gguf.selection import Selection, select
 
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 _PAPER_THRESHOLD = 0.35
 _SUBSPACE_RANK = 6
-_LARGE_ERROR = 0.05
 
 
 @dataclass(frozen=True)
@@ -251,7 +250,7 @@ class _Run:
             if module in scores:
                 notes += [f"{name}: {note}" for note in score_notes(scores[module], self.projection.k)]
             if module in roundings:
-                notes += [f"{name}: {note}" for note in _rounding_notes(roundings[module], self.outtype)]
+                notes += [f"{name}: {note}" for note in rounding_notes(roundings[module], self.outtype)]
         scored = sum(score.cosine is not None for score in scores.values())
         rule = self.projection.rule
         if scores and rule.mode == "number" and rule.value is not None and rule.value > scored:
@@ -282,12 +281,3 @@ class _Run:
             f"{len(projected)} of {len(self.triples)} modules changed. Measure what it refuses before relying on it."
         )
         return Origin("Safe LoRA", description, ("lora", "safe-lora", "safelora-gguf"), facts)
-
-
-def _rounding_notes(rounding: Rounding, outtype: str) -> list[str]:
-    notes = []
-    if outtype == "q8_0" and any(kind.name != "Q8_0" for kind in rounding.types):
-        notes.append(f"stored as {rounding.types[0].name} and {rounding.types[1].name}: Q8_0 needs rows of 32")
-    if rounding.error > _LARGE_ERROR:
-        notes.append(f"storing it as {outtype} changed it by {rounding.error:.1%}; use --outtype f32")
-    return notes

@@ -6,11 +6,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converters.atomic import atomic_file
 from converters.fingerprint import sha256_file
 from safelora_gguf._version import __version__
+
+if TYPE_CHECKING:
+    from converters.adapters.storing import Rounding
+
+
+_LARGE_ERROR = 0.05
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,16 @@ class ProjectReport:
         else:
             result["output"] = self.output.to_json()
         return result
+
+
+def rounding_notes(rounding: Rounding, outtype: str) -> list[str]:
+    """What a reader should know of how one pair was stored."""
+    notes = []
+    if outtype == "q8_0" and any(kind.name != "Q8_0" for kind in rounding.types):
+        notes.append(f"stored as {rounding.types[0].name} and {rounding.types[1].name}: Q8_0 needs rows of 32")
+    if rounding.error > _LARGE_ERROR:
+        notes.append(f"storing it as {outtype} changed it by {rounding.error:.1%}; use --outtype f32")
+    return notes
 
 
 def dump_json(data: Mapping[str, Any]) -> str:

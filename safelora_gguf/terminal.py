@@ -24,6 +24,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from converters.inspection import Inspection
+    from safelora_gguf.convert import ConvertReport
     from safelora_gguf.demo import DemoReport
     from safelora_gguf.report import ModuleReport, ProjectReport
     from safelora_gguf.smoke import Run, SmokeReport
@@ -138,6 +139,31 @@ def project_summary(report: ProjectReport) -> list[str]:
     lines = [f"projected {report.projected} of {report.total} modules ({how}){left}"]
     lines += [f"note: {printable(note)}" for note in report.notes]
     return [*lines, f"wrote {printable(report.output.path)}, {report.output.bytes:,} bytes, {report.outtype}"]
+
+
+def convert_table(report: ConvertReport) -> Table:
+    """Every pair as it was written."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("module", overflow="fold")
+    for heading in ("out x in", "r", "scaling", "stored error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for module in report.modules:
+        table.add_row(
+            printable(module.label), f"{module.shape[0]}x{module.shape[1]}", str(module.rank),
+            _number(module.scaling, ".6g"), _number(module.stored_error, ".1e"),
+        )  # fmt: skip
+    return table
+
+
+def convert_summary(report: ConvertReport, *, notes: bool) -> list[str]:
+    """What was written, and what a reader should know of it."""
+    told = [f"note: {printable(note)}" for note in report.notes] if notes else []
+    if report.output is None:
+        path, size = report.planned_output
+        plan = f"dry run: would write {printable(path)}, {size:,} bytes of tensors as {report.outtype}"
+        return [*told, plan]
+    written = f"{printable(report.output.path)}, {report.output.bytes:,} bytes, {report.outtype}"
+    return [*told, f"wrote {len(report.modules)} pairs to {written}"]
 
 
 def _how(report: ProjectReport) -> str:

@@ -17,7 +17,7 @@ from converters.errors import Error, UnsupportedError
 from converters.ggml import QType, nbytes
 from converters.gguf_file import TensorOut, Value, float32, text, texts, uint32, uint32s, write_gguf
 from converters.identity import identify, plain_name
-from converters.models import Model
+from converters.models import ModelDescription
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,7 @@ def _tensors(stack: Sequence[PairOut], qtype: QType, report: dict[str, list[Roun
 class GgufOutput:
     """A GGUF file; names, row order and scaling become llama.cpp's."""
 
-    def __init__(self, out: Path, qtype: QType, adapter: LoraAdapter, model: Model, *, force: bool) -> None:
+    def __init__(self, out: Path, qtype: QType, adapter: LoraAdapter, model: ModelDescription, *, force: bool) -> None:
         check_target(out, force=force)
         self.target = self.tensor_file = out
         self._qtype, self._adapter, self._model, self._force = qtype, adapter, model, force
@@ -167,7 +167,7 @@ class GgufOutput:
         base = identify(names_of(self._adapter, self._model), self._model.path)
         finetune = plain_name(self._adapter.path)
         entries = [
-            ("general.name", text(f"{base.name} {finetune} ({origin.title})")),
+            ("general.name", text(f"{base.name} {finetune}" + (f" ({origin.title})" if origin.title else ""))),
             ("general.finetune", text(finetune)),
             ("general.description", text(origin.description)),
             ("general.file_type", uint32(_FILE_TYPES[self._qtype])),
@@ -182,7 +182,7 @@ class GgufOutput:
         return entries + [(key, _as_value(value)) for key, value in origin.facts.items()]
 
 
-def _places(adapter: LoraAdapter, model: Model) -> tuple[str, HeadCounts | None, dict[str, Place]]:
+def _places(adapter: LoraAdapter, model: ModelDescription) -> tuple[str, HeadCounts | None, dict[str, Place]]:
     """GGUF's name of the architecture, the heads where rules need them, and every module's place.
 
     Raises:
@@ -191,7 +191,7 @@ def _places(adapter: LoraAdapter, model: Model) -> tuple[str, HeadCounts | None,
     """
     if adapter.layout == "gguf":
         named = {module: Place(_gguf_name(adapter, pair)) for module, pair in adapter.pairs.items()}
-        return model.architecture, None, named
+        return adapter.architecture or model.architecture, None, named
     try:
         architecture = architecture_of(model.architecture, _REMEDY)
     except Error as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.adapters.storing import PairOut, Rounding
 from converters.architectures import HeadCounts, Rule
-from converters.models import Model
+from converters.models import ModelDescription
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ class Origin:
     """What a reader of the output must be able to trace.
 
     Attributes:
-        title: what happened, for names: "Safe LoRA".
+        title: what happened, for names: "Safe LoRA"; empty where only the format changed.
         description: one sentence.
         tags: what hubs file the output under.
         facts: metadata keys and values, kept in order.
@@ -91,6 +91,6 @@ def pair_out(
     return PairOut(place.name, (pair.rank, columns), (rows, pair.rank), load_pair, adapter.tensor_file, pair.embedding)
 
 
-def names_of(adapter: LoraAdapter, model: Model) -> tuple[str | None, ...]:
+def names_of(adapter: LoraAdapter, model: ModelDescription) -> tuple[str | None, ...]:
     """What the adapted model may be called, the adapter's own word first."""
     return (adapter.base_model_name, *model.repositories)

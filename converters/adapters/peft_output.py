@@ -18,7 +18,7 @@ from converters.errors import Error, UnsupportedError
 from converters.ggml import QType, nbytes
 from converters.identity import is_repository, plain_name
 from converters.layouts import ConvertedAdapter
-from converters.models import Model
+from converters.models import ModelDescription
 from converters.names import canonical
 from converters.safetensors_file import write_safetensors
 from converters.tensors import TensorInfo
@@ -87,7 +87,7 @@ def _key(pair: PairOut, half: str) -> str:
 class PeftOutput:
     """A PEFT directory, with the adapter's own configuration where it has one."""
 
-    def __init__(self, out: Path, qtype: QType, adapter: LoraAdapter, model: Model, *, force: bool) -> None:
+    def __init__(self, out: Path, qtype: QType, adapter: LoraAdapter, model: ModelDescription, *, force: bool) -> None:
         check_target(out, force=force, directory=True)
         self.target, self.tensor_file = out, out / WEIGHTS
         self._qtype, self._adapter, self._force = qtype, adapter, force
@@ -131,7 +131,7 @@ class PeftOutput:
         )
 
 
-def _places(adapter: LoraAdapter, model: Model) -> tuple[HeadCounts | None, dict[str, Place]]:
+def _places(adapter: LoraAdapter, model: ModelDescription) -> tuple[HeadCounts | None, dict[str, Place]]:
     """Every module's PEFT name and the way there, with the heads where rules need them.
 
     Raises:
@@ -165,7 +165,7 @@ def _peft_name(adapter: LoraAdapter, pair: LoraPair) -> str:
     return canonical(pair.key) if adapter.peft_config is None else pair.key
 
 
-def _refuse_split_ties(adapter: LoraAdapter, model: Model) -> None:
+def _refuse_split_ties(adapter: LoraAdapter, model: ModelDescription) -> None:
     """mlx-lm applies a pair on a tied embedding at the output as well, PEFT at the input alone."""
     tied = [pair for pair in adapter.pairs.values() if pair.embedding and model.tied_embeddings]
     if tied and adapter.format == "mlx":

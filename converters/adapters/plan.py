@@ -13,13 +13,13 @@ from converters.adapters.peft_output import PeftOutput
 from converters.errors import OutputPathError, UsageError
 from converters.ggml import OUTTYPES
 from converters.identity import adapter_file_name, identify, plain_name
-from converters.models import Model
+from converters.models import ModelDescription
 
 
 def plan_output(
     out: Path,
     adapter: LoraAdapter,
-    model: Model,
+    model: ModelDescription,
     *,
     outtype: str,
     to: Literal["gguf", "peft"] | None,
@@ -33,7 +33,7 @@ def plan_output(
         out: ends in .gguf for GGUF; otherwise a directory for PEFT, or with `to="gguf"` the directory in which
             a GGUF file gets its conventional name.
         model: what the adapter is for.
-        label: what a conventional name says about the adapter beside its own name.
+        label: what a conventional name says about the adapter beside its own name, if anything.
         reads: further inputs of the run, which an output directory must not replace.
 
     Raises:
@@ -55,9 +55,10 @@ def plan_output(
     return PeftOutput(out, OUTTYPES[outtype], adapter, model, force=force)
 
 
-def _conventional_name(adapter: LoraAdapter, model: Model, label: str, outtype: str) -> str:
+def _conventional_name(adapter: LoraAdapter, model: ModelDescription, label: str, outtype: str) -> str:
     base = identify(names_of(adapter, model), model.path)
-    return adapter_file_name(base, f"{plain_name(adapter.path)}-{label}", outtype)
+    own = plain_name(adapter.path)
+    return adapter_file_name(base, f"{own}-{label}" if label else own, outtype)
 
 
 def _refuse_to_swallow(out: Path, inputs: Sequence[Path]) -> None:

@@ -1,0 +1,112 @@
+"""What model an adapter is for, when nothing of it is at hand but a configuration or a header."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from converters.adapters.lora import LoraAdapter
+from converters.architectures import HeadCounts
+from converters.checkpoint import open_checkpoint
+from converters.errors import FileMissingError, FormatError, InputError, UnsupportedError
+from converters.gguf_model import open_gguf_model
+from converters.models import Layout, ModelDescription
+from converters.opening import is_gguf
+from converters.paths import existing, read_json_object
+
+_CONFIG = "config.json"
+
+
+class ConfiguredModel:
+    """A model known by its config.json alone (a `ModelDescription`)."""
+
+    layout: Layout = "hugging_face"
+
+    def __init__(self, path: Path, config_file: Path) -> None:
+        self.path = path
+        self.described_by = config_file
+        self._config: dict[str, Any] = read_json_object(config_file, "the model's config.json")
+
+    @property
+    def architecture(self) -> str:
+        classes = self._config.get("architectures")
+        if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
+            raise FormatError('has no "architectures": ["..."]; take config.json from the model\'s original repository',
+                              file=self.described_by)  # fmt: skip
+        return classes[0]
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """What the configuration says; transformers leaves the key out where it is true."""
+        inner = self._config.get("text_config")
+        table = inner if isinstance(inner, dict) and "tie_word_embeddings" in inner else self._config
+        return table.get("tie_word_embeddings", True) is not False
+
+    @property
+    def repositories(self) -> tuple[str, ...]:
+        own = self._config.get("_name_or_path")
+        return (own,) if isinstance(own, str) else ()
+
+    def heads(self) -> HeadCounts:
+        try:
+            return HeadCounts.from_config(self._config)
+        except FormatError as error:
+            raise FormatError(error.message, file=self.described_by) from None
+
+
+class UnnamedModel:
+    """The model of a GGUF adapter that came alone (a `ModelDescription`): its architecture is all that is known."""
+
+    layout: Layout = "gguf"
+    tied_embeddings = False
+    repositories: tuple[str, ...] = ()
+
+    def __init__(self, adapter: LoraAdapter, architecture: str) -> None:
+        self.path = self.described_by = adapter.path
+        self.architecture = architecture
+
+    def heads(self) -> HeadCounts:
+        raise UnsupportedError(
+            f"says nothing of the attention heads of its model, which {self.architecture} needs to reorder rows; name "
+            f"the model with --base (its config.json or its GGUF file)",
+            file=self.path,
+        )
+
+
+def describe_model(path: str | Path) -> ModelDescription:
+    """A model by its GGUF file, its directory, or its config.json; weights need not be there.
+
+    Raises:
+        FileMissingError: there is no config.json. FormatError: it, or the GGUF header, is damaged.
+    """
+    found = existing(path, "the base model")
+    if is_gguf(found):
+        return open_gguf_model(found)
+    config = found if found.name == _CONFIG else (found if found.is_dir() else found.parent) / _CONFIG
+    try:
+        return open_checkpoint(found)  # whose tensors tell more than the configuration
+    except InputError:
+        return ConfiguredModel(found, config)
+
+
+def model_of(adapter: LoraAdapter, base: str | Path | None) -> ModelDescription:
+    """The model that an adapter is for: `base`, or what stands beside the adapter or is named in it and is there.
+
+    Raises:
+        FileMissingError: nothing says which model it is.
+    """
+    if base is not None:
+        return describe_model(base)
+    if adapter.architecture is not None:
+        return UnnamedModel(adapter, adapter.architecture)
+    if (adapter.path / _CONFIG).is_file():
+        return describe_model(adapter.path / _CONFIG)
+    named = adapter.base_model_name
+    if named is not None and (Path(named) / _CONFIG).is_file():
+        return describe_model(named)
+    told = f" ({named!r} is no directory here)" if named else ""
+    raise FileMissingError(
+        f"nothing beside it says for which model it is{told}; name the model with --base: its config.json, its "
+        f"directory, or a GGUF file of it",
+        file=adapter.path,
+    )

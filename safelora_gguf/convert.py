@@ -1,0 +1,178 @@
+"""Adapters from one format to another: the same update in the names, row order and scaling of another program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from converters.adapters.lora import LoraAdapter, LoraPair
+from converters.adapters.output import AdapterOutput, Origin
+from converters.adapters.plan import plan_output
+from converters.adapters.storing import Rounding
+from converters.description import model_of
+from converters.errors import MismatchError
+from converters.layouts import find_table
+from converters.models import ModelDescription
+from converters.opening import open_adapter
+from safelora_gguf._version import __version__
+from safelora_gguf.report import InputReport, OutputReport, rounding_notes
+
+
+@dataclass(frozen=True)
+class ConvertedModule:
+    """One pair as it was written.
+
+    Attributes:
+        name: the GGUF tensor where the architecture is known, else the adapter's own name.
+        key: what the source calls it.
+        shape: (out, in) of the weight, (vocabulary, width) of an embedding.
+        scaling: the true factor of B @ A, the same before and after.
+        stored_error: ||stored delta - delta|| / ||delta||; None when nothing was written.
+        expert: which matrix of the stack `name`; None for an ordinary weight.
+    """
+
+    name: str
+    key: str
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    stored_error: float | None
+    expert: int | None
+
+    @property
+    def label(self) -> str:
+        """The name, and which of a stack's experts it is."""
+        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """The result of `convert adapter`.
+
+    Attributes:
+        outtype: the type that was asked for.
+        output: None after a dry run.
+        notes: everything folded, rounded or left out, one sentence each.
+        planned_output: where the output would go or went, and its size in bytes.
+    """
+
+    outtype: str
+    modules: tuple[ConvertedModule, ...]
+    inputs: tuple[InputReport, ...]
+    output: OutputReport | None
+    notes: tuple[str, ...]
+    planned_output: tuple[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that the command line contract describes."""
+        result: dict[str, Any] = {
+            "command": "convert adapter",
+            "version": __version__,
+            "inputs": [item.to_json() for item in self.inputs],
+            "outtype": self.outtype,
+            "modules": [module.to_json() for module in self.modules],
+            "notes": list(self.notes),
+        }
+        if self.output is None:
+            path, size = self.planned_output
+            result["planned_output"] = {"path": path, "bytes": size}
+        else:
+            result["output"] = self.output.to_json()
+        return result
+
+
+def convert_adapter(
+    source: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    outtype: str = "f32",
+    to: Literal["gguf", "peft"] | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> ConvertReport:
+    """Converts a LoRA adapter between PEFT, MLX (as a source) and GGUF.
+
+    Args:
+        source: a PEFT directory, an MLX directory or a GGUF adapter.
+        out: a file ending in .gguf, or a directory for PEFT (with `to="gguf"`: in which a GGUF file gets its
+            conventional name).
+        base: the model that it is for: its directory, its config.json alone, or a GGUF file of it. Not needed
+            where that stands beside the adapter, or from GGUF where no rows are reordered.
+        outtype: f32, f16, bf16 or (GGUF only) q8_0.
+        force: replace an existing output.
+        dry_run: check all headers, write nothing.
+
+    Raises:
+        UsageError: options that make no sense.
+        InputError: a file or an output path that cannot be used; nothing was written.
+        WriteError: the disk is full or fails; nothing partial was left.
+    """
+    adapter = open_adapter(source)
+    model = model_of(adapter, base)
+    _check_architecture(adapter, model)
+    output = plan_output(Path(out), adapter, model, outtype=outtype, to=to, label="", force=force)
+    own = InputReport("adapter", str(adapter.path), adapter.format, adapter.nbytes, adapter.fingerprint())
+    roundings = None if dry_run else _write(output, adapter, own)
+    return ConvertReport(
+        outtype=outtype,
+        modules=tuple(_module(pair, output, (roundings or {}).get(name)) for name, pair in adapter.pairs.items()),
+        inputs=(own,),
+        output=None if roundings is None else OutputReport.of(output.target, output.tensor_file),
+        notes=(*adapter.notes, *_folded(adapter, output), *_rounded(roundings or {}, output, outtype)),
+        planned_output=(str(output.target), output.planned_bytes()),
+    )
+
+
+def _check_architecture(adapter: LoraAdapter, model: ModelDescription) -> None:
+    table = find_table(model)
+    known = table.name if table else model.architecture
+    if adapter.architecture not in (None, known):
+        raise MismatchError(
+            f"is an adapter for the architecture {adapter.architecture}, and {model.path} is {known}: the adapter is "
+            f"for another model",
+            file=adapter.path,
+        )
+
+
+def _write(output: AdapterOutput, adapter: LoraAdapter, own: InputReport) -> Mapping[str, Rounding]:
+    def load(module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = adapter.load(module)
+        return a.float(), b.float()
+
+    facts = {"safelora.version": __version__, "safelora.adapter.fingerprint": own.fingerprint}
+    description = f"A LoRA adapter converted from {adapter.format.upper()}; its update is unchanged."
+    with torch.inference_mode():
+        return output.write(load, Origin("", description, ("lora",), facts))
+
+
+def _module(pair: LoraPair, output: AdapterOutput, rounding: Rounding | None) -> ConvertedModule:
+    name = output.name_of(pair.module) or pair.key
+    error = rounding.error if rounding else None
+    return ConvertedModule(name, pair.key, pair.shape, pair.rank, pair.scaling, error, pair.expert)
+
+
+def _folded(adapter: LoraAdapter, output: AdapterOutput) -> list[str]:
+    """GGUF has one alpha for all pairs: what differs from alpha / r has gone into lora_B."""
+    if output.target != output.tensor_file or not adapter.lora_alpha:
+        return []
+    other = [pair for pair in adapter.pairs.values() if abs(pair.scaling * pair.rank / adapter.lora_alpha - 1) > 1e-7]
+    if not other:
+        return []
+    found = f"{other[0].key}: {other[0].scaling:g} instead of {adapter.lora_alpha / other[0].rank:g}"
+    return [f"the scaling of {len(other)} pairs is not alpha / r and was multiplied into lora_B ({found})"]
+
+
+def _rounded(roundings: Mapping[str, Rounding], output: AdapterOutput, outtype: str) -> list[str]:
+    return [
+        f"{output.name_of(module) or module}: {note}"
+        for module, rounding in roundings.items()
+        for note in rounding_notes(rounding, outtype)
+    ]
