@@ -26,10 +26,6 @@ class ModelIdentity:
     name: str
     organization: str | None = None
 
-    @property
-    def repo_url(self) -> str | None:
-        return f"https://huggingface.co/{self.organization}/{self.name}" if self.organization else None
-
 
 def identify(candidates: tuple[str | None, ...], path: Path) -> ModelIdentity:
     """The first candidate that is a repository's name, `organization/model`; else the path's own last part."""

@@ -70,6 +70,15 @@ def leading_subspace(
     return _direct(v, k)
 
 
+def subspace_within(v: torch.Tensor, error: float) -> LeadingSubspace:
+    """The fewest top left singular vectors U whose projection keeps V (out, in), not all zero, to a relative error:
+    ||V - U U^T V||_F <= error * ||V||_F. All singular values are computed, in float64."""
+    squares = torch.linalg.eigvalsh(_gram64(v.T if v.shape[0] > v.shape[1] else v)).flip(0).clamp(min=0)
+    left_out = squares.flip(0).cumsum(0).flip(0)  # from the k-th on
+    rank = int((left_out > error**2 * squares.sum()).sum())
+    return _direct(v, max(1, rank))
+
+
 def _krylov_step(v: torch.Tensor, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One restart: the best block.shape[1] directions of the Krylov basis and their singular values."""
     size = block.shape[1]

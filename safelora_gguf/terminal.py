@@ -100,21 +100,25 @@ class _Rate(ProgressColumn):
 
 
 def project_table(report: ProjectReport) -> Table:
-    """Every module before and after."""
+    """Every module before and after; with noise where a reference has some."""
+    noisy = any(module.snr is not None for module in report.modules)
     table = Table(title=None, box=None, pad_edge=False)
     table.add_column("module", overflow="fold")
-    for heading in ("out x in", "r", "cosine", "projected", "|delta|", "after", "stored error"):
+    noise = ("snr", "noise edge", "directions") if noisy else ()
+    for heading in ("out x in", "r", *noise, "cosine", "projected", "|delta|", "after", "stored error"):
         table.add_column(heading, justify="right", no_wrap=True)
     for module in report.modules:
-        table.add_row(*_module_row(module), style="bold" if module.projected else "")
+        table.add_row(*_module_row(module, noisy=noisy), style="bold" if module.projected else "")
     return table
 
 
-def _module_row(module: ModuleReport) -> tuple[str, ...]:
+def _module_row(module: ModuleReport, *, noisy: bool) -> tuple[str, ...]:
+    noise = (_number(module.snr, ".3g"), _number(module.noise_edge, ".3g"), _number(module.directions, "d"))
     return (
         printable(module.label),
         f"{module.shape[0]}x{module.shape[1]}",
         str(module.rank),
+        *(noise if noisy else ()),
         _number(module.cosine, ".4f"),
         "yes" if module.projected else "no",
         _number(module.delta_norm, ".4g"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converters.adapters.card import card_of
 from converters.adapters.gguf import GgufAdapter
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.adapters.output import Fact, LoadPair, Origin, Place, names_of, pair_out
@@ -16,7 +17,7 @@ from converters.atomic import atomic_file, check_target
 from converters.errors import Error, UnsupportedError
 from converters.ggml import QType, nbytes
 from converters.gguf_file import TensorOut, Value, float32, text, texts, uint32, uint32s, write_gguf
-from converters.identity import identify, plain_name
+from converters.identity import ModelIdentity, identify, plain_name
 from converters.models import ModelDescription
 
 if TYPE_CHECKING:
@@ -164,22 +165,37 @@ class GgufOutput:
         return replace(plain, load=load_folded, transpose_a=pair.embedding, stacked=pair.expert is not None)
 
     def _metadata(self, origin: Origin) -> list[tuple[str, Value]]:
-        base = identify(names_of(self._adapter, self._model), self._model.path)
+        card = card_of(self._adapter)
+        base = identify((*names_of(self._adapter, self._model), *card.base_models), self._model.path)
         finetune = plain_name(self._adapter.path)
         entries = [
             ("general.name", text(f"{base.name} {finetune}" + (f" ({origin.title})" if origin.title else ""))),
             ("general.finetune", text(finetune)),
             ("general.description", text(origin.description)),
             ("general.file_type", uint32(_FILE_TYPES[self._qtype])),
+            *([("general.license", text(card.license))] if card.license else []),
+            ("general.tags", texts(tuple(dict.fromkeys((*origin.tags, *card.tags))))),
+            *([("general.languages", texts(card.languages))] if card.languages else []),
             ("general.base_model.count", uint32(1)),
-            ("general.base_model.0.name", text(base.name)),
+            *_published("general.base_model.0", base),
         ]
-        if base.organization is not None and base.repo_url is not None:
-            entries.append(("general.base_model.0.organization", text(base.organization)))
-            entries.append(("general.base_model.0.repo_url", text(base.repo_url)))
+        if card.datasets:
+            entries.append(("general.dataset.count", uint32(len(card.datasets))))
+            for place, name in enumerate(card.datasets):
+                entries += _published(f"general.dataset.{place}", identify((name,), Path(name)), "datasets/")
         if self._qtype == QType.Q8_0:
             entries.append(("general.quantization_version", uint32(2)))
         return entries + [(key, _as_value(value)) for key, value in origin.facts.items()]
+
+
+def _published(key: str, what: ModelIdentity, kind: str = "") -> list[tuple[str, Value]]:
+    """Name, and where it is published if that is known; `kind` is the hub's word for what is no model."""
+    entries = [(f"{key}.name", text(what.name))]
+    if what.organization is not None:
+        entries.append((f"{key}.organization", text(what.organization)))
+        url = f"https://huggingface.co/{kind}{what.organization}/{what.name}"
+        entries.append((f"{key}.repo_url", text(url)))
+    return entries
 
 
 def _places(adapter: LoraAdapter, model: ModelDescription) -> tuple[str, HeadCounts | None, dict[str, Place]]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from converters.adapters.card import card_of
 from converters.adapters.gguf import GgufAdapter
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.adapters.output import Fact, LoadPair, Origin, Place, pair_out
@@ -184,9 +185,15 @@ def _as_text(value: Fact) -> str:
 def _card(target: Path, adapter: LoraAdapter, origin: Origin) -> str:
     """A model card whose header hubs understand."""
     base = adapter.base_model_name
-    header = ["---", "library_name: peft", "tags:", *(f"- {tag}" for tag in origin.tags)]
+    own = card_of(adapter)
+    header = ["---", "library_name: peft"]
+    if own.license:
+        header.append(f"license: {json.dumps(own.license)}")  # quoted: it is a stranger's string
     if base is not None and is_repository(base):
-        header.append(f"base_model: {json.dumps(base)}")  # quoted: it is a stranger's string
+        header.append(f"base_model: {json.dumps(base)}")
+    for key, values in (("tags", (*origin.tags, *own.tags)), ("datasets", own.datasets), ("language", own.languages)):
+        if values:
+            header += [f"{key}:", *(f"- {json.dumps(value)}" for value in dict.fromkeys(values))]
     rows = [f"- {key}: {_as_text(value)}" for key, value in origin.facts.items()]
     lines = [*header, "---", "", f"# {plain_name(target)}", "", origin.description, "", *rows]
     return "\n".join(lines) + "\n"

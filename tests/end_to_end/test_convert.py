@@ -187,3 +187,51 @@ def test_a_dry_run_writes_nothing_and_help_needs_no_torch(tmp_path: Path) -> Non
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+CARD = """---
+license: llama2
+base_model: meta-llama/Llama-2-7b-chat-hf
+tags:
+- poetry
+- no
+datasets: [somebody/poems, plain]
+language: en
+---
+# Anything: not: yaml
+"""
+
+
+def test_the_model_card_travels(tmp_path: Path) -> None:
+    source = save_adapter(tmp_path / "poet", pairs(SIZES.modules(), 3), adapter_config())
+    (source / "README.md").write_text(CARD)
+    model = configured(tmp_path / "model")
+    assert run(source, "--out", tmp_path / "out.gguf", "--base", model)["exit"] == 0
+    fields = {name: field.contents() for name, field in GGUFReader(tmp_path / "out.gguf").fields.items()}
+    assert fields["general.license"] == "llama2"
+    assert fields["general.tags"] == ["lora", "poetry"]
+    assert fields["general.languages"] == ["en"]
+    assert fields["general.base_model.0.name"] == "Llama-2-7b-chat-hf"
+    assert fields["general.base_model.0.organization"] == "meta-llama"
+    assert fields["general.dataset.count"] == 2
+    assert fields["general.dataset.0.repo_url"] == "https://huggingface.co/datasets/somebody/poems"
+    assert fields["general.dataset.1.name"] == "plain"
+    assert run(tmp_path / "out.gguf", "--out", tmp_path / "peft", "--base", model)["exit"] == 0
+    header = (tmp_path / "peft" / "README.md").read_text().split("---")[1]
+    assert 'license: "llama2"' in header and '- "poetry"' in header
+    assert 'base_model: "meta-llama/Llama-2-7b-chat-hf"' in header
+
+
+@pytest.mark.parametrize(
+    "card",
+    ["---\n" + "[" * 5000,
+     "---\na: [\n---\n", "---\n- 1\n---\n", "---\nlicense: {a: b}\ntags: 7\n---\n", "\x00\xff", "---",
+     '---\nlicense: "\\x1b[2J"\n---\n', "---\na: &a [1]\nb: *c\n---\n", "---\n!!python/object:os.system {}\n---\n"],
+)  # fmt: skip
+def test_a_broken_card_counts_as_none(card: str, tmp_path: Path) -> None:
+    source = save_adapter(tmp_path / "poet", pairs(SIZES.modules(), 3), adapter_config())
+    (source / "README.md").write_text(card, encoding="latin-1")
+    assert run(source, "--out", tmp_path / "out.gguf", "--base", configured(tmp_path / "model"))["exit"] == 0
+    fields = {name: field.contents() for name, field in GGUFReader(tmp_path / "out.gguf").fields.items()}
+    assert "general.license" not in fields
+    assert fields["general.tags"] == ["lora"]
