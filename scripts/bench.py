@@ -1,11 +1,15 @@
 """Benchmarks: our commands against the plain methods they replace, on synthetic models of real shapes.
 
-    python scripts/bench.py project
+    python scripts/bench.py project                     bfloat16 references, as safetensors
+    python scripts/bench.py project --references q4_k   quantized ones, as GGUF
+    python scripts/bench.py dequantize                  one weight, against gguf-py
+    python scripts/bench.py header                      a large vocabulary, against gguf-py
 
-measures `project` against Safe LoRA as it was published, written out in plain torch (see bench_methods.py): time
+`project` is measured against Safe LoRA as it was published, written out in plain torch (see bench_methods.py): time
 from opened inputs to written output, imports apart, and peak anonymous memory. Every run is a process of its own, the
-methods take turns, files are in the page cache, and medians of all runs are given. The results of all methods are
-compared in the same run; where they differ there are no figures and the exit status is 1.
+methods take turns, files are in the page cache, and medians of all runs are given. The two others run in one process.
+The results of all methods are compared in the same run; where they differ there are no figures and the exit status
+is 1.
 
 Figures are worth keeping only from a machine that does nothing else: the load before the first run is printed.
 """
@@ -13,28 +17,35 @@ Figures are worth keeping only from a machine that does nothing else: the load b
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import bench_dequantize
+import bench_header
 import typer
 from bench_agreement import DisagreementError, check
 from bench_methods import METHODS, Request
-from bench_models import Files, Shape, make_files, warm
-from bench_report import Report
+from bench_models import Files, Shape, make_files, make_references, warm
+from bench_report import Report, markdown_table, place, plain_table
 from bench_runs import Machine, run_in_turns
+from gguf import GGMLQuantizationType as QType
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
+from converters.errors import UnsupportedError
+from converters.rounding import is_exact
+
+_HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ", 1)  # the mark keeps click from filling the list's lines
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=_HELP, rich_markup_mode=None)
 
 _THRESHOLD = 0.35
 _PACKAGES = ("safelora-gguf", "torch", "safetensors", "numpy")
+_GGML_PACKAGES = ("gguf", "llama-cpp-python")
 
-
-@app.callback()
-def benchmarks() -> None:
-    """Keeps `project` a subcommand while it is the only one."""
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_Markdown = Annotated[bool, typer.Option("--markdown", help="Print a section for BENCHMARKS.md.")]
 
 
 @app.command()
@@ -43,6 +54,9 @@ def project(
     layers: Annotated[int, typer.Option(min=1, help="Layers of the synthetic model.")] = 11,
     hidden: Annotated[int, typer.Option(min=512, help="Its width, a multiple of 512.")] = 2048,
     rank: Annotated[int, typer.Option(min=1, help="Rank of its adapter.")] = 16,
+    references: Annotated[
+        str | None, typer.Option(help="Base and aligned as GGUF in this type of ggml (f16, q8_0, q4_k, ...).")
+    ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Runs per method; five or more for figures to keep.")] = 5,
     directory: Annotated[Path | None, typer.Option("--dir", help="Keep the model here, for later runs.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda, for all methods alike.")] = "cpu",
@@ -50,16 +64,18 @@ def project(
     subspace: Annotated[
         int | None, typer.Option(min=1, help="Measure --operator subspace of this rank on three modules.")
     ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print a section for BENCHMARKS.md.")] = False,
+    json_output: _Json = False,
+    markdown: _Markdown = False,
 ) -> None:
     """Times `project` against the dense method on a synthetic model."""
     if hidden % 512:
         raise typer.BadParameter(f"{hidden} is no multiple of 512", param_hint="--hidden")
-    machine = Machine.here(_PACKAGES)
-    with _files(directory, Shape(layers, hidden, rank)) as files, tempfile.TemporaryDirectory() as outputs:
-        requests = _requests(files, Path(outputs), device, threads, subspace)
-        warm(files)
+    shape = Shape(layers, hidden, rank)
+    qtype = None if references is None else _reference_type(references, shape, subspace)
+    machine = Machine.here(_PACKAGES if qtype is None else (*_PACKAGES, *_GGML_PACKAGES))
+    with _files(directory, shape, qtype) as files, tempfile.TemporaryDirectory() as outputs:
+        requests = _requests(files, qtype, Path(outputs), device=device, threads=threads, subspace=subspace)
+        warm(Path(path) for path in (requests["ours"].base, requests["ours"].aligned, requests["ours"].adapter))
         try:
             series = run_in_turns(requests, runs, _say)
             errors = check(
@@ -69,42 +85,137 @@ def project(
                 files.shape,
             )
         except (ChildProcessError, DisagreementError) as error:
-            _say(f"no figures: {error}")
-            raise typer.Exit(1) from None
-        report = Report(files.shape, subspace, threads, device, machine, series, errors)
+            raise _no_figures(error) from None
+        stored = "bf16" if qtype is None else f"{qtype.name} GGUF"
+        report = Report(files.shape, stored, subspace, threads, device, machine, series, errors)
     print(report.to_json() if json_output else report.to_markdown(_command()) if markdown else report.to_table())
 
 
-@contextlib.contextmanager
-def _files(directory: Path | None, shape: Shape) -> Iterator[Files]:
-    if directory is not None:
+@app.command()
+def dequantize(
+    *,
+    types: Annotated[
+        list[str] | None, typer.Option("--type", help="A type of ggml; repeat for more.", show_default=False)
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1)] = 2048,
+    columns: Annotated[int, typer.Option(min=1)] = 4096,
+    runs: Annotated[int, typer.Option(min=1, help="Runs per method; five or more for figures to keep.")] = 9,
+    json_output: _Json = False,
+    markdown: _Markdown = False,
+) -> None:
+    """Times dequantizing a weight against gguf-py, on one thread and on two."""
+    wanted = [_type(name, "--type") for name in types or bench_dequantize.TYPES]
+    for qtype in wanted:
+        if is_exact(qtype) or not bench_dequantize.fits(qtype, columns):
+            message = f"{qtype.name} is no quantized type, or {columns} columns are no whole blocks of it"
+            raise typer.BadParameter(message, param_hint="--type")
+    machine = Machine.here(("numpy", *_GGML_PACKAGES))
+    try:
+        found = [bench_dequantize.measure(qtype, (rows, columns), runs) for qtype in wanted]
+    except (DisagreementError, UnsupportedError) as error:
+        raise _no_figures(error) from None
+    if json_output:
+        _print_json(machine, [timings.to_json() for timings in found])
+    else:
+        table = [bench_dequantize.HEAD, *(timings.row() for timings in found)]
+        _print_table(bench_dequantize.subject((rows, columns), runs), table, machine, markdown)
+
+
+@app.command()
+def header(
+    *,
+    tokens: Annotated[int, typer.Option(min=1, help="Size of the vocabulary.")] = 1 << 18,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of ours; five or more for figures to keep.")] = 9,
+    reader_runs: Annotated[int, typer.Option(min=1, help="Runs of gguf-py's reader, half a minute each.")] = 1,
+    json_output: _Json = False,
+    markdown: _Markdown = False,
+) -> None:
+    """Times opening a GGUF model with a large vocabulary."""
+    machine = Machine.here(("gguf", "numpy"))
+    with tempfile.TemporaryDirectory(prefix="safelora-bench-") as temporary:
         try:
-            yield make_files(directory, shape, _say)
+            found = bench_header.measure(Path(temporary) / "model.gguf", tokens, runs, reader_runs, _say)
+        except DisagreementError as error:
+            raise _no_figures(error) from None
+    if json_output:
+        _print_json(machine, found.to_json())
+    else:
+        _print_table(found.subject(), [bench_header.HEAD, *found.rows()], machine, markdown)
+
+
+@contextlib.contextmanager
+def _files(directory: Path | None, shape: Shape, qtype: QType | None) -> Iterator[Files]:
+    with contextlib.ExitStack() as stack:
+        if directory is None:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="safelora-bench-"))) / "model"
+        try:
+            files = make_files(directory, shape, _say)
         except FileExistsError as error:
             raise typer.BadParameter(str(error), param_hint="--dir") from None
-        return
-    with tempfile.TemporaryDirectory(prefix="safelora-bench-") as temporary:
-        yield make_files(Path(temporary) / "model", shape, _say)
+        if qtype is not None:
+            try:
+                make_references(files, qtype, _say)
+            except UnsupportedError as error:
+                raise typer.BadParameter(str(error), param_hint="--references") from None
+        yield files
 
 
-def _requests(files: Files, outputs: Path, device: str, threads: int, subspace: int | None) -> dict[str, Request]:
+def _requests(
+    files: Files, qtype: QType | None, outputs: Path, *, device: str, threads: int, subspace: int | None
+) -> dict[str, Request]:
+    exact = qtype is None or is_exact(qtype)  # noise lifts all cosines: no B would be left to compare
     return {
         method: Request(
-            base=str(files.base),
-            aligned=str(files.aligned),
+            base=str(files.base if qtype is None else files.reference("base", qtype)),
+            aligned=str(files.aligned if qtype is None else files.reference("aligned", qtype)),
             adapter=str(files.adapter(subspace is not None)),
             out=str(outputs / f"{method}.{'gguf' if method == 'ours' else 'safetensors'}"),
-            threshold=_THRESHOLD if subspace is None else None,
+            threshold=_THRESHOLD if subspace is None and exact else None,
             subspace_rank=subspace,
             device=device,
             threads=threads,
         )
         for method in METHODS
+        if qtype is None or method != "arithmetic"
     }
+
+
+def _reference_type(name: str, shape: Shape, subspace: int | None) -> QType:
+    qtype = _type(name, "--references")
+    if not all(bench_dequantize.fits(qtype, columns) for _, columns in shape.projections().values()):
+        message = f"rows of {shape.hidden} and {shape.ffn} are no whole blocks of {qtype.name}"
+        raise typer.BadParameter(message, param_hint="--references")
+    if subspace is not None and not is_exact(qtype):
+        message = f"in {qtype.name}, ours leaves out the directions under the noise and the plain method does not"
+        raise typer.BadParameter(message, param_hint="--subspace")
+    return qtype
+
+
+def _type(name: str, option: str) -> QType:
+    try:
+        return QType[name.upper()]
+    except KeyError:
+        raise typer.BadParameter(f"gguf-py knows no type {name!r}", param_hint=option) from None
+
+
+def _print_json(machine: Machine, found: object) -> None:
+    print(json.dumps({"machine": machine.to_json(), "found": found}, indent=2))
+
+
+def _print_table(subject: str, rows: Sequence[Sequence[str]], machine: Machine, markdown: bool) -> None:
+    if markdown:
+        print("\n".join([subject, "", markdown_table(rows), "", f"`{_command()}`", "", place(machine)]))
+    else:
+        print("\n".join([subject, "", plain_table(rows), "", place(machine)]))
 
 
 def _command() -> str:
     return " ".join(["python", "scripts/bench.py", *sys.argv[1:]])
+
+
+def _no_figures(error: Exception) -> typer.Exit:
+    _say(f"no figures: {error}")
+    return typer.Exit(1)
 
 
 def _say(text: str) -> None:

@@ -1,7 +1,7 @@
 """Whether all methods of a benchmark found the same: one that compares different results is void.
 
 Cosines, the choice of modules and the projected B are compared, B as it stands in the written files. The GGUF
-file's names and llama.cpp's row order of queries and keys are undone here independently of the package.
+file's names and llama.cpp's row order of queries and keys are undone independently of the package.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from bench_gguf import module_of, peft_rows
 from bench_methods import Outcome
 from bench_models import Shape
 from gguf import GGUFReader
@@ -19,15 +20,6 @@ from safetensors.numpy import load_file
 TOLERANCE = 1e-4
 
 _PREFIX = "base_model.model."
-_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 class DisagreementError(Exception):
@@ -42,8 +34,8 @@ def check(outcomes: Mapping[str, Outcome], ours: Path, dense: Path, shape: Shape
     """
     cosines, chosen = {}, {}
     for method, outcome in outcomes.items():
-        cosines[method] = {_module(name): value for name, value in outcome.cosines.items()}
-        chosen[method] = {_module(name) for name in outcome.projected}
+        cosines[method] = {module_of(name): value for name, value in outcome.cosines.items()}
+        chosen[method] = {module_of(name) for name in outcome.projected}
     own = cosines["ours"]
     for method, found in cosines.items():
         if found.keys() != own.keys() or chosen[method] != chosen["ours"]:
@@ -74,14 +66,7 @@ def _read_gguf(path: Path, shape: Shape) -> dict[str, np.ndarray]:
         if match is None:
             continue
         b = np.array(tensor.data, dtype=np.float64)
-        if match[2] in heads:  # llama.cpp keeps the two halves of a head interleaved
-            count = heads[match[2]]
-            b = b.reshape(count, -1, 2, b.shape[1]).swapaxes(1, 2).reshape(b.shape)
-        found[_module(tensor.name.removesuffix(".lora_b"))] = b
+        if match[2] in heads:
+            b = peft_rows(b, heads[match[2]])
+        found[module_of(tensor.name.removesuffix(".lora_b"))] = b
     return found
-
-
-def _module(name: str) -> str:
-    """The PEFT module of a GGUF tensor; other names as they are."""
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    return f"model.layers.{match[1]}.{_NAMES[match[2]]}" if match else name

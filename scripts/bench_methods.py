@@ -9,6 +9,7 @@ REQUEST is a `Request` as JSON; one line of JSON comes back on standard output. 
                  saved by safetensors.torch.save_file. Each C is dropped after use; the published code keeps all.
     arithmetic   the same arithmetic on one module at a time; only the arithmetic is timed, not reading or writing
 
+Where the references are GGUF files, `dense` dequantizes every tensor of both by the gguf package into memory first.
 With --subspace the two plain methods take U_k from torch.linalg.svd of V, and form P_k = U_k U_k^T in place of C.
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_gguf import load_whole
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -35,6 +37,7 @@ class Request:
     """One projection to run.
 
     Attributes:
+        base, aligned: a directory with model.safetensors, or a GGUF file (not for `arithmetic`).
         out: a file to write, .gguf for ours and .safetensors for the dense method.
         threshold: cosines up to this are projected; None projects all.
         subspace_rank: k of the subspace operator; None is the paper's operator.
@@ -79,6 +82,7 @@ def ours(request: Request) -> Outcome:
         rank=request.subspace_rank,
         selection=selection,
         device=request.device,
+        allow_noisy_reference=True,  # the same arithmetic is done with it
     )
     seconds = time.perf_counter() - start
     cosines = {module.name: module.cosine for module in report.modules if module.cosine is not None}
@@ -88,8 +92,7 @@ def ours(request: Request) -> Outcome:
 @torch.inference_mode()
 def dense(request: Request) -> Outcome:
     start = time.perf_counter()
-    base = load_file(f"{request.base}/model.safetensors")
-    aligned = load_file(f"{request.aligned}/model.safetensors")
+    base, aligned = _load_model(request.base), _load_model(request.aligned)
     adapter = load_file(f"{request.adapter}/adapter_model.safetensors")
     cosines, projected = {}, []
     for module in _modules(list(adapter)):
@@ -142,6 +145,10 @@ def project_densely(
     new_delta, delta = new_b @ a, b @ a
     sizes = new_delta.square().sum().sqrt() * delta.square().sum().sqrt()
     return new_b, float((new_delta * delta).sum() / sizes)
+
+
+def _load_model(path: str) -> dict[str, torch.Tensor]:
+    return load_whole(path) if path.endswith(".gguf") else load_file(f"{path}/model.safetensors")
 
 
 def _modules(keys: list[str]) -> list[str]:

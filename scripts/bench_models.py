@@ -11,11 +11,13 @@ import json
 import math
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from bench_gguf import write_model
+from gguf import GGMLQuantizationType as QType
 
 from converters.safetensors_file import write_safetensors
 from converters.tensors import TensorInfo
@@ -80,6 +82,14 @@ class Files:
     def aligned(self) -> Path:
         return self.root / "aligned"
 
+    @property
+    def gguf(self) -> Path:
+        return self.root / "gguf"
+
+    def reference(self, role: str, qtype: QType) -> Path:
+        """`base` or `aligned` as GGUF."""
+        return self.gguf / f"{role}-{qtype.name}.gguf"
+
     def adapter(self, subspace: bool = False) -> Path:
         return self.root / ("adapter-three" if subspace else "adapter")
 
@@ -98,7 +108,7 @@ def make_files(root: Path, shape: Shape, say: Callable[[str], None] = lambda _: 
     mark = root / _MARK
     if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) == recipe:
         return files
-    ours = (files.base, files.aligned, files.adapter(), files.adapter(subspace=True))
+    ours = (files.base, files.aligned, files.adapter(), files.adapter(subspace=True), files.gguf)
     if root.exists() and any(path not in (*ours, mark) for path in root.iterdir()):
         raise FileExistsError(f"{root} holds other things; name an empty directory")
     say(f"making base and aligned model and adapter in {root}")
@@ -114,9 +124,19 @@ def make_files(root: Path, shape: Shape, say: Callable[[str], None] = lambda _: 
     return files
 
 
-def warm(files: Files) -> None:
-    """Reads every file once, so that each run finds them in the page cache."""
-    for path in files.root.rglob("*.safetensors"):
+def make_references(files: Files, qtype: QType, say: Callable[[str], None] = lambda _: None) -> None:
+    """The base and the aligned model as GGUF files, unless they are there."""
+    files.gguf.mkdir(exist_ok=True)
+    for role, source in (("base", files.base), ("aligned", files.aligned)):
+        path = files.reference(role, qtype)
+        if not path.exists():
+            say(f"writing {path}")
+            write_model(path.with_suffix(".part"), source, qtype).rename(path)
+
+
+def warm(paths: Iterable[Path]) -> None:
+    """Reads files once, all that directories hold, so that each run finds them in the page cache."""
+    for path in (file for given in paths for file in ([given] if given.is_file() else given.rglob("*.safetensors"))):
         with path.open("rb", buffering=0) as file:
             while file.read(16 << 20):
                 pass

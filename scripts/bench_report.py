@@ -1,9 +1,9 @@
-"""A benchmark's figures as a table, as JSON and as a section of BENCHMARKS.md."""
+"""Benchmark figures as tables, as JSON and as sections of BENCHMARKS.md."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 
@@ -15,6 +15,7 @@ _TITLES = {
     "dense": "dense method, both models loaded whole",
     "arithmetic": "dense arithmetic alone, module by module",
 }
+_DEQUANTIZED = "dense method, both models dequantized whole by gguf-py"
 _COLUMNS = ("method", "median s", "min to max s", "peak anonymous", "peak resident", "ours is faster by")
 
 
@@ -23,11 +24,13 @@ class Report:
     """Figures of `bench.py project`.
 
     Attributes:
+        references: what they are stored as, "bf16" or "Q4_K GGUF".
         subspace: rank of the subspace operator, None for the paper's.
         errors: the largest differences between the methods' results.
     """
 
     shape: Shape
+    references: str
     subspace: int | None
     threads: int
     device: str
@@ -39,6 +42,7 @@ class Report:
         slow = {name: found for name, found in self.series.items() if name != "ours"}
         data = {
             "shape": asdict(self.shape),
+            "references": self.references,
             "subspace_rank": self.subspace,
             "threads": self.threads,
             "device": self.device,
@@ -51,20 +55,13 @@ class Report:
         return json.dumps(data, indent=2)
 
     def to_table(self) -> str:
-        rows = [_COLUMNS, *self._rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-        lines = [
-            "  ".join(text.ljust(width) if place == 0 else text.rjust(width) for place, (text, width) in cells)
-            for cells in (enumerate(zip(row, widths, strict=True)) for row in rows)
-        ]
-        return "\n".join([self._subject(), "", *lines, "", self._agreement(), self._place()])
+        table = plain_table([_COLUMNS, *self._rows()])
+        return "\n".join([self._subject(), "", table, "", self._agreement(), place(self.machine)])
 
     def to_markdown(self, command: str) -> str:
-        rows = ["| " + " | ".join(row) + " |" for row in self._rows()]
-        head = ["| " + " | ".join(_COLUMNS) + " |", "|---" + "|---:" * (len(_COLUMNS) - 1) + "|"]
-        return "\n".join(
-            [self._subject(), "", *head, *rows, "", f"`{command}`", "", f"{self._agreement()} {self._place()}"]
-        )
+        table = markdown_table([_COLUMNS, *self._rows()])
+        ending = f"{self._agreement()} {place(self.machine)}"
+        return "\n".join([self._subject(), "", table, "", f"`{command}`", "", ending])
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [self._row(name, found) for name, found in self.series.items()]
@@ -76,7 +73,8 @@ class Report:
             faster = f"{middle:.1f} times ({low:.1f} to {high:.1f})"
         spread = f"{min(found.seconds):.2f} to {max(found.seconds):.2f}"
         memory = (_megabytes(found.peak_anonymous), _megabytes(found.peak_resident))
-        return (_TITLES[name], f"{found.median:.2f}", spread, *memory, faster)
+        title = _DEQUANTIZED if name == "dense" and self.references.endswith("GGUF") else _TITLES[name]
+        return (title, f"{found.median:.2f}", spread, *memory, faster)
 
     def _subject(self) -> str:
         shape, ours = self.shape, self.series["ours"]
@@ -84,8 +82,9 @@ class Report:
         operator = "operator paper" if self.subspace is None else f"operator subspace of rank {self.subspace}"
         return (
             f"project, {operator}: {shape.layers} layers, hidden {shape.hidden}, ffn {shape.ffn}, {shape.heads} / "
-            f"{shape.key_value_heads} heads, bf16, LoRA rank {shape.rank} on {len(outcome.cosines)} modules, of which "
-            f"{len(outcome.projected)} were projected; {self.threads} cores, {self.device}, {runs} runs each"
+            f"{shape.key_value_heads} heads, references {self.references}, LoRA rank {shape.rank} on "
+            f"{len(outcome.cosines)} modules, of which {len(outcome.projected)} were projected; "
+            f"{self.threads} cores, {self.device}, {runs} runs each"
         )
 
     def _agreement(self) -> str:
@@ -94,11 +93,27 @@ class Report:
             f"{self.errors['B']:.1e} (relative)."
         )
 
-    def _place(self) -> str:
-        machine = self.machine
-        versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
-        load = "" if machine.load is None else f"; load {machine.load:.1f} before the first run"
-        return f"{machine.processor}, {machine.cores} cores, {versions}, {date.today().isoformat()}{load}."
+
+def plain_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows under their heads, in columns; the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(text.rjust(width) if place else text.ljust(width) for place, (text, width) in cells)
+        for cells in (enumerate(zip(row, widths, strict=True)) for row in rows)
+    )
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """The same in markdown."""
+    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join([head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body])
+
+
+def place(machine: Machine) -> str:
+    """Where, with what and when figures were measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    load = "" if machine.load is None else f"; load {machine.load:.1f} before the first run"
+    return f"{machine.processor}, {machine.cores} cores, {versions}, {date.today().isoformat()}{load}."
 
 
 def _megabytes(size: int | None) -> str:
