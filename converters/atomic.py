@@ -47,6 +47,8 @@ def _check_place(target: Path, *, force: bool, directory: bool) -> None:
         raise OutputPathError(expected, file=target)
     parent = target.absolute().parent
     while not parent.exists():
+        if parent.is_symlink():
+            raise OutputPathError(f"can't be written: {parent} is a link to nowhere", file=target)
         parent = parent.parent
     if not parent.is_dir():
         raise OutputPathError(f"can't be written: {parent} is no directory", file=target)

@@ -11,7 +11,7 @@ from converters.architectures import HeadCounts
 from converters.errors import FileMissingError, FormatError, UnsupportedError
 from converters.fingerprint import fingerprint
 from converters.models import Layout
-from converters.paths import existing, read_json_object
+from converters.paths import existing, is_there, read_json_object
 from converters.safetensors_file import SafetensorsFile
 from converters.tensors import TensorInfo
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_MAX_INDEX = 16 << 20  # bytes; the largest published one has 14 million
+_MAX_SHARDS = 10_000
+_LONGEST_CLASS = 200
 
 
 class Checkpoint:
@@ -85,6 +88,10 @@ class Checkpoint:
         return self.config_file
 
     @property
+    def sources(self) -> tuple[Path, ...]:
+        return (self.config_file, *(file.path for file in self.files))
+
+    @property
     def repositories(self) -> tuple[str, ...]:
         own = self.config.get("_name_or_path")
         return (own,) if isinstance(own, str) else ()
@@ -97,13 +104,18 @@ class Checkpoint:
             FormatError: config.json names none.
         """
         classes = self.config.get("architectures")
-        if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
+        name = classes[0] if isinstance(classes, list) and classes else None
+        if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_CLASS:
             raise FormatError(
                 'has no "architectures": ["..."], so nobody can tell how its tensors are laid out; '
                 "take config.json from the model's original repository",
                 file=self.config_file,
             )
-        return classes[0]
+        return name
+
+    @property
+    def model_class(self) -> str:
+        return self.architecture
 
     @property
     def tied_embeddings(self) -> bool:
@@ -143,15 +155,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _directory_files(directory: Path) -> tuple[list[Path], Mapping[str, str] | None]:
-    if (directory / _INDEX).exists():
+    if is_there(directory / _INDEX):
         index = _read_index(directory)
         return [directory / name for name in sorted(set(index.values()))], index
-    if (directory / _SINGLE).exists():
+    if is_there(directory / _SINGLE):
         return [directory / _SINGLE], None
     others = sorted(file for file in directory.glob("*.safetensors") if not file.name.startswith("adapter_"))
     if len(others) == 1:
         return others, None
-    if (directory / "adapter_config.json").exists():
+    if is_there(directory / "adapter_config.json"):
         raise UnsupportedError("is an adapter, expected a model", file=directory)
     if any(directory.glob("*.bin")):
         raise UnsupportedError(
@@ -165,18 +177,21 @@ def _directory_files(directory: Path) -> tuple[list[Path], Mapping[str, str] | N
 
 def _read_index(directory: Path) -> Mapping[str, str]:
     file = directory / _INDEX
-    table = read_json_object(file, "the index").get("weight_map")
+    table = read_json_object(file, "the index", _MAX_INDEX).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise FormatError("has no weight_map of tensors and their shards", file=file)
-    for tensor, shard in table.items():
+    tensors = {shard if isinstance(shard, str) else str(type(shard)): tensor for tensor, shard in table.items()}
+    for shard, tensor in tensors.items():
         # Only the text is judged: in download caches the shards themselves are links to other places.
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or shard != Path(shard).name:
+        if not shard.endswith(".safetensors") or shard != Path(shard).name or len(shard) > 255 or "\0" in shard:
             raise FormatError(
-                f"names the shard {str(shard)[:200]!r}, expected the name of a .safetensors file in this directory",
+                f"names the shard {shard[:200]!r}, expected the name of a .safetensors file in this directory",
                 file=file,
                 tensor=tensor,
             )
-    for shard in sorted(set(table.values())):
-        if not (directory / shard).exists():
+    if len(tensors) > _MAX_SHARDS:
+        raise FormatError(f"names {len(tensors)} shards; at most {_MAX_SHARDS} are read", file=file)
+    for shard in sorted(tensors):
+        if not is_there(directory / shard):
             raise FileMissingError(f"the index names the shard {shard}, which is missing", file=directory)
     return table

@@ -36,6 +36,10 @@ class ConfiguredModel:
         return classes[0]
 
     @property
+    def model_class(self) -> str:
+        return self.architecture
+
+    @property
     def tied_embeddings(self) -> bool:
         """What the configuration says; transformers leaves the key out where it is true."""
         inner = self._config.get("text_config")
@@ -46,6 +50,10 @@ class ConfiguredModel:
     def repositories(self) -> tuple[str, ...]:
         own = self._config.get("_name_or_path")
         return (own,) if isinstance(own, str) else ()
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        return (self.described_by,)
 
     def heads(self) -> HeadCounts:
         try:
@@ -58,11 +66,13 @@ class UnnamedModel:
     """The model of a GGUF adapter that came alone (a `ModelDescription`): its architecture is all that is known."""
 
     layout: Layout = "gguf"
+    model_class: str | None = None
     tied_embeddings = False
     repositories: tuple[str, ...] = ()
 
     def __init__(self, adapter: LoraAdapter, architecture: str) -> None:
         self.path = self.described_by = adapter.path
+        self.sources = (adapter.tensor_file,)
         self.architecture = architecture
 
     def heads(self) -> HeadCounts:

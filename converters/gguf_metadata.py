@@ -12,8 +12,10 @@ from typing import Any, Literal
 from converters.errors import FileMissingError, FormatError, system_reason
 from converters.gguf_types import FIXED, TENSOR_TYPES, Kind
 
-MAX_VALUE = 32 << 20  # bytes, and
-MAX_ITEMS = 1 << 20  # items, of a value that is decoded
+MAX_VALUE = 16 << 20  # bytes, and
+MAX_ITEMS = 1 << 19  # items, of a value that is decoded; the longest list of merges has 515,000
+MAX_WORD = 256  # bytes of a value that is a name
+_MAX_BRIEF = 1024  # bytes of a value of no consequence
 
 ByteOrder = Literal["little", "big"]
 
@@ -104,12 +106,15 @@ class GgufHeader:
             raise self._changed() from None
 
     def text(self, key: str) -> str | None:
-        """A value that must be a string; None where the key is missing.
+        """A value that must be a string, and a name, not a document; None where the key is missing.
 
         Raises:
-            FormatError: it is stored as something else (on which llama.cpp aborts).
+            FormatError: it is stored as something else (on which llama.cpp aborts), or is longer than `MAX_WORD`.
         """
         self.expect(key, Kind.STRING)
+        if key in self.entries and self.entries[key].nbytes > 8 + MAX_WORD:
+            told = f"{shown(key)} is a string of {self.entries[key].nbytes - 8} bytes; at most {MAX_WORD} are expected"
+            raise FormatError(told, file=self.path)
         value: str | None = self.value(key)
         return value
 
@@ -157,3 +162,11 @@ def _texts(data: bytes, count: int, order: str) -> list[str]:
 def shown(key: str) -> str:
     """A key from a file as messages quote it."""
     return repr(key[:80])
+
+
+def brief_text(header: GgufHeader, key: str) -> str:
+    """A short text of no consequence, a link or a name; empty where it is missing, long or something else."""
+    entry = header.entries.get(key)
+    if entry is None or entry.kind is not Kind.STRING or entry.nbytes > _MAX_BRIEF:
+        return ""
+    return str(header.value(key))

@@ -12,7 +12,7 @@ from converters.architectures import HeadCounts
 from converters.errors import FormatError, UnsupportedError
 from converters.fingerprint import fingerprint_gguf
 from converters.ggml import dequantize
-from converters.gguf_metadata import GgufHeader
+from converters.gguf_metadata import GgufHeader, brief_text
 from converters.gguf_shards import read_gguf_headers
 from converters.gguf_tensors import GgufTensors
 from converters.models import Layout
@@ -38,6 +38,7 @@ class GgufModel:
 
     format = "gguf"
     layout: Layout = "gguf"
+    model_class: str | None = None
 
     def __init__(self, path: Path, headers: Sequence[GgufHeader]) -> None:
         self.path = path
@@ -84,8 +85,12 @@ class GgufModel:
         return self.headers[0].path
 
     @property
+    def sources(self) -> tuple[Path, ...]:
+        return tuple(header.path for header in self.headers)
+
+    @property
     def repositories(self) -> tuple[str, ...]:
-        found = [_HUB.fullmatch(str(self.headers[0].value(key))) for key in ("general.repo_url", "general.source.url")]
+        found = [_HUB.fullmatch(brief_text(self.headers[0], key)) for key in ("general.repo_url", "general.source.url")]
         return tuple(match[1] for match in found if match is not None)
 
     def heads(self) -> HeadCounts:

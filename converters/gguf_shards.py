@@ -9,6 +9,9 @@ from converters.errors import FormatError
 from converters.gguf_header import read_gguf_header
 from converters.gguf_metadata import GgufHeader
 
+MAX_SHARDS = 4096
+"""More files than any model is split into."""
+
 _NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
@@ -24,6 +27,8 @@ def read_gguf_headers(path: str | Path, what: str = "GGUF file") -> tuple[GgufHe
     count = first.value("split.count")
     if not isinstance(count, int) or count < 2:
         return (first,)
+    if count > MAX_SHARDS:
+        raise FormatError(f"claims to be split into {count} files; at most {MAX_SHARDS} are read", file=path)
     if first.value("split.no") != 0:
         raise FormatError(f"is shard {first.value('split.no')} of {count}; name the first shard", file=path)
     match = _NAME.fullmatch(first.path.name)

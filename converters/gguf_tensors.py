@@ -14,8 +14,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.errors import FileMissingError, FormatError, UnsupportedError, system_reason
+from converters.errors import FormatError, UnsupportedError
 from converters.gguf_metadata import ByteOrder, GgufHeader, GgufTensor
+from converters.paths import mapped
 from converters.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -141,14 +142,7 @@ class GgufTensors:
 
     def _mapped(self, header: GgufHeader) -> mmap.mmap:
         if header.path not in self._maps:
-            try:
-                with header.path.open("rb") as file:
-                    # A private mapping: torch wants writable memory, the file must never change.
-                    view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            except OSError as error:
-                raise FileMissingError(f"GGUF file: {system_reason(error)}", file=header.path) from None
-            except ValueError:  # it is empty
-                raise _changed(header) from None
+            view = mapped(header.path, "GGUF file")
             if len(view) != header.file_size:
                 raise _changed(header)
             self._maps[header.path] = view

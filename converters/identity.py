@@ -9,6 +9,8 @@ from pathlib import Path
 from gguf.metadata import Metadata
 from gguf.utility import naming_convention
 
+from converters.paths import resolved
+
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _ANONYMOUS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _UNFIT_FOR_FILES = re.compile(r"[^\w.+-]+")
@@ -43,7 +45,7 @@ def is_repository(name: str) -> bool:
 
 def plain_name(path: Path) -> str:
     """A path's last part, without an ending that names a format; a file that is just `model` has its directory's."""
-    path = path.resolve()
+    path = resolved(path)
     name = path.parent.name if _ANONYMOUS.fullmatch(path.name) else path.name
     for ending in (".safetensors", ".gguf"):
         name = name.removesuffix(ending)

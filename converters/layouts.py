@@ -160,12 +160,20 @@ class ConvertedModel:
         return self._bridge.architecture.name
 
     @property
+    def model_class(self) -> str | None:
+        return self._model.model_class
+
+    @property
     def tied_embeddings(self) -> bool:
         return self._model.tied_embeddings
 
     @property
     def described_by(self) -> Path:
         return self._model.described_by
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        return self._model.sources
 
     @property
     def repositories(self) -> tuple[str, ...]:

@@ -35,12 +35,20 @@ class ModelDescription(Protocol):
         """
 
     @property
+    def model_class(self) -> str | None:
+        """The class that config.json names, whatever the layout; None where there is no config.json."""
+
+    @property
     def tied_embeddings(self) -> bool:
         """Whether the output matrix is the embedding matrix, so that no tensor of its own exists."""
 
     @property
     def described_by(self) -> Path:
         """The file that says what the model is: config.json, or the GGUF file itself."""
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """Every file that it is read from."""
 
     @property
     def repositories(self) -> tuple[str, ...]:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
+import platform
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from converters.errors import FileMissingError, FormatError, system_reason
 
-_MAX_JSON = 64 << 20
+_MAX_SMALL = 4 << 20
+_MAX_WIDE = 4 << 20  # bytes of JSON with letters beyond ASCII, which may take four times as much in memory
+_MAX_OBJECTS = 80_000  # a pair for every expert of the largest models makes 72,000 tensors in one file
+_MAX_MEMBERS = 150_000  # of one object: the largest index of shards has 139,000
+_MAX_DEPTH = 64
+_COMMON_LINUX = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64", "riscv64")
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if _COMMON_LINUX else 0)  # Python has the name since 3.13
 
 
 def existing(path: str | Path, what: str) -> Path:
@@ -27,6 +38,26 @@ def existing(path: str | Path, what: str) -> Path:
     return found
 
 
+def is_there(path: Path) -> bool:
+    """Whether a path names something; not if its name can't be one, or it is a link that leads nowhere.
+
+    Raises:
+        FileMissingError: its directory may not be entered.
+    """
+    try:
+        path.stat()
+    except PermissionError as error:
+        raise FileMissingError(f"can't be looked at: {system_reason(error)}", file=path) from None
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def resolved(path: Path) -> Path:
+    """The path without links; unlike `Path.resolve`, which raises there, a link to itself stays what it is."""
+    return Path(os.path.realpath(path))
+
+
 def regular_file(path: Path, what: str) -> int:
     """The size of a regular file in bytes.
 
@@ -41,7 +72,7 @@ def regular_file(path: Path, what: str) -> int:
     return path.stat().st_size
 
 
-def read_bytes(path: Path, what: str, limit: int = _MAX_JSON) -> bytes:
+def read_bytes(path: Path, what: str, limit: int = _MAX_SMALL) -> bytes:
     """A small file's bytes.
 
     Raises:
@@ -67,19 +98,50 @@ def starts_with(path: Path, magic: bytes) -> bool:
         return False
 
 
-def read_json_object(path: Path, what: str) -> dict[str, Any]:
+def mapped(path: Path, what: str) -> mmap.mmap:
+    """A whole file as memory: torch wants it writable, and the file must never change, so pages are private.
+
+    Nothing is set aside for them, or a file larger than this machine's memory could not be mapped.
+
+    Raises:
+        FileMissingError: it can't be read. FormatError: it has become empty.
+    """
+    try:
+        with path.open("rb") as file:
+            if sys.platform == "win32":
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            flags, prot = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            return mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
+    except OSError as error:
+        raise FileMissingError(f"{what}: {system_reason(error)}", file=path) from None
+    except ValueError:
+        raise FormatError("was changed while it was read", file=path) from None
+
+
+def read_json_object(path: Path, what: str, limit: int = _MAX_SMALL) -> dict[str, Any]:
     """A JSON file that holds one object.
 
     Raises:
-        FileMissingError: it can't be read. FormatError: it is no JSON object.
+        FileMissingError: it can't be read. FormatError: it is no JSON object, or longer than `limit`.
     """
-    return parse_json_object(read_bytes(path, what), what, path)
+    return parse_json_object(bytearray(read_bytes(path, what, limit)), what, path)
 
 
-def parse_json_object(data: bytes, what: str, path: Path) -> dict[str, Any]:
-    """One JSON object from bytes that came out of a file; a key that stands twice is an error."""
+def parse_json_object(data: bytes | bytearray, what: str, path: Path) -> dict[str, Any]:
+    """One JSON object from bytes that came out of a file.
+
+    Args:
+        data: emptied once decoded if it is a bytearray, for the sake of large ones.
+
+    Raises:
+        FormatError: it is none; a key stands twice; it holds more values, or deeper ones, than any that is in use.
+    """
+    _check_cost(data, what, path)
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
+        text = data.decode("utf-8")
+        if isinstance(data, bytearray):
+            data.clear()
+        value = json.loads(text, object_pairs_hook=_unique_keys)
     except UnicodeDecodeError:
         raise FormatError(f"{what} is not UTF-8 text", file=path) from None
     except RecursionError:
@@ -88,13 +150,42 @@ def parse_json_object(data: bytes, what: str, path: Path) -> dict[str, Any]:
         raise FormatError(f"{what} is no valid JSON: {error}", file=path) from None
     if not isinstance(value, dict):
         raise FormatError(f"{what} holds a {type(value).__name__}, expected a JSON object", file=path)
+    if _is_deeper(value, _MAX_DEPTH):
+        raise FormatError(f"{what} is nested too deeply, more than {_MAX_DEPTH} levels", file=path)
     return value
 
 
+def _check_cost(data: bytes | bytearray, what: str, path: Path) -> None:
+    """That a few bytes don't become a thousand times as much in memory; marks inside of texts count, too."""
+    if len(data) > _MAX_WIDE and not data.isascii():
+        told = f"{what} has {len(data)} bytes and letters beyond ASCII; at most {_MAX_WIDE} bytes of such are read"
+        raise FormatError(told, file=path)
+    objects, members = data.count(b"{"), data.count(b":")
+    items = data.count(b",") + data.count(b"[")
+    if objects > _MAX_OBJECTS or members > _MAX_MEMBERS + 4 * objects or items > _MAX_MEMBERS + 8 * objects:
+        found = f"{what} holds about {max(objects, members, items)} values, side by side or nested"
+        raise FormatError(f"{found}, more than any that is in use", file=path)
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MAX_MEMBERS:
+        raise ValueError(f"an object has {len(pairs)} keys; at most {_MAX_MEMBERS} values of a kind are in use")
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"the key {twice[:80]!r} stands twice")
     return result

@@ -10,12 +10,13 @@ import mmap
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
 from converters.errors import FileMissingError, FormatError, UnsupportedError, system_reason
-from converters.paths import parse_json_object, regular_file
+from converters.paths import mapped, parse_json_object, regular_file
 from converters.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _ITEM_BITS = {
 }  # fmt: skip
 _LOADABLE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MAX_DIMENSIONS = 8
+_MAX_NAME = 1024  # characters; the longest in use have some 150
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,15 @@ def read_header(path: Path) -> Header:
             raise FormatError(f"claims a header of {length} bytes; at most {MAX_HEADER} are read", file=path)
         if 8 + length > size:
             raise FormatError(f"claims a header of {length} bytes but has only {size}: truncated?", file=path)
-        raw = file.read(length)
+        raw = bytearray(length)
+        if file.readinto(raw) != length:
+            raise FormatError("was changed while it was read", file=path)
     table = parse_json_object(raw, "the safetensors header", path)
     metadata = _metadata(table.pop("__metadata__", None), path)
     return _check_layout(table, metadata, 8 + length, size, path)
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedReader:
     try:
         return path.open("rb")
     except OSError as error:
@@ -108,11 +112,17 @@ def _tensor(name: str, entry: Any, path: Path) -> tuple[TensorInfo, int]:
     def fail(message: str) -> FormatError:
         return FormatError(message, file=path, tensor=name)
 
+    if len(name) > _MAX_NAME:
+        told = f"a tensor's name has {len(name)} characters, expected at most {_MAX_NAME}: {name[:80]!r}"
+        raise FormatError(told, file=path)
+    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise FormatError(f"the tensor name {name[:80]!r} is no text: it holds half of a surrogate pair", file=path)
     if not isinstance(entry, dict):
         raise fail("its header entry is no object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _ITEM_BITS:
-        raise fail(f"has the type {str(dtype)[:40]!r}, which safetensors does not define")
+        found = dtype[:40] if isinstance(dtype, str) else type(dtype).__name__
+        raise fail(f"has the type {found!r}, which safetensors does not define")
     if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS:
         raise fail(f"its shape is no list of at most {_MAX_DIMENSIONS} sizes")
     if not _naturals(offsets) or len(offsets) != 2:
@@ -188,9 +198,10 @@ class SafetensorsFile:
 
     def _mapped(self) -> mmap.mmap:
         if self._map is None:
-            with _open(self.path) as file:
-                # A private mapping: torch wants writable memory, the file must never change.
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            view = mapped(self.path, "safetensors file")
+            if len(view) != self.header.nbytes + sum(info.nbytes for info in self.infos.values()):
+                raise FormatError("was changed while it was read", file=self.path)
+            self._map = view
         return self._map
 
 

@@ -9,6 +9,7 @@ from math import prod
 
 import torch
 
+from converters.errors import UnsupportedError
 from converters.models import Model
 from safelora_gguf.noise import NoiseSums, snr
 from safelora_gguf.pairing import Triple
@@ -41,12 +42,19 @@ class Differences:
     Args:
         triples: all that will be asked for.
         device: where V is wanted.
+
+    Raises:
+        UnsupportedError: the largest weight does not fit into memory.
     """
 
     def __init__(self, base: Model, aligned: Model, triples: Sequence[Triple], device: torch.device) -> None:
         self._base, self._aligned = base, aligned
         largest = max(prod(triple.pair.shape) for triple in triples)
-        self._buffer = torch.empty(largest, dtype=torch.float32, device=device)
+        try:
+            self._buffer = torch.empty(largest, dtype=torch.float32, device=device)
+        except RuntimeError:  # torch's word for "not enough memory"
+            found = f"the largest adapted weight needs {4 * largest:,} bytes of memory on {device}, which are not there"
+            raise UnsupportedError(found, file=aligned.path) from None
 
     def of(self, triple: Triple) -> Difference:
         """Raises UnsupportedError for a weight in a type that can't be read."""

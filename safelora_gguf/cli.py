@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+_file = partial(typer.Option, readable=False)  # what can't be read is an unusable input (3), not wrong usage (2)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no warnings.")]
@@ -64,10 +67,10 @@ def _root(
 
 @app.command()
 def project(
-    base: Annotated[Path, typer.Option(help="The model before its alignment: directory, .safetensors or .gguf.")],
-    aligned: Annotated[Path, typer.Option(help="The aligned model, on which the adapter was trained.")],
-    adapter: Annotated[Path, typer.Option(help="The adapter: a PEFT or MLX directory, or a .gguf file.")],
-    out: Annotated[Path, typer.Option(help="A .gguf file, or a directory for PEFT.")],
+    base: Annotated[Path, _file(help="The model before its alignment: directory, .safetensors or .gguf.")],
+    aligned: Annotated[Path, _file(help="The aligned model, on which the adapter was trained.")],
+    adapter: Annotated[Path, _file(help="The adapter: a PEFT or MLX directory, or a .gguf file.")],
+    out: Annotated[Path, _file(help="A .gguf file, or a directory for PEFT.")],
     threshold: Annotated[float | None, typer.Option(help="Project modules with a cosine up to this.")] = None,
     number: Annotated[int | None, typer.Option(help="Project this many, smallest cosines first.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Project this share of the modules.")] = None,
@@ -78,7 +81,7 @@ def project(
     outtype: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0.")] = "f32",
     to: Annotated[str | None, typer.Option(help="gguf: name the file by convention inside --out.")] = None,
     allow_noisy_reference: Annotated[bool, typer.Option(help="Use quantized references whatever their noise.")] = False,
-    report: Annotated[Path | None, typer.Option(help="Write the report to this .json file too.")] = None,
+    report: Annotated[Path | None, _file(help="Write the report to this .json file too.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Check all headers, write nothing.")] = False,
     device: Device = "auto",
     force: Force = False,
@@ -115,10 +118,12 @@ def project(
 
 @convert.command("adapter")
 def convert_adapter_command(
-    source: Annotated[Path, typer.Argument(help="The adapter: a PEFT or MLX directory, or a .gguf file.")],
-    out: Annotated[Path, typer.Option(help="A .gguf file, or a directory for PEFT.")],
+    source: Annotated[
+        Path, typer.Argument(readable=False, help="The adapter: a PEFT or MLX directory, or a .gguf file.")
+    ],
+    out: Annotated[Path, _file(help="A .gguf file, or a directory for PEFT.")],
     base: Annotated[
-        Path | None, typer.Option(help="The model it is for: directory, config.json or .gguf; no weights needed.")
+        Path | None, _file(help="The model it is for: directory, config.json or .gguf; no weights needed.")
     ] = None,
     outtype: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0.")] = "f32",
     to: Annotated[str | None, typer.Option(help="gguf: name the file by convention inside --out.")] = None,
@@ -148,9 +153,9 @@ def convert_adapter_command(
 
 @app.command()
 def smoke(
-    model: Annotated[Path, typer.Option(help="The GGUF model (the first shard of a split one).")],
+    model: Annotated[Path, _file(help="The GGUF model (the first shard of a split one).")],
     adapter: Annotated[list[str] | None, typer.Option(help="GGUF adapter, PATH or PATH=SCALE; repeatable.")] = None,
-    prompts: Annotated[list[Path] | None, typer.Option(help="JSONL prompts instead of the packaged set.")] = None,
+    prompts: Annotated[list[Path] | None, _file(help="JSONL prompts instead of the packaged set.")] = None,
     judge: Annotated[list[str] | None, typer.Option(help="keyword (score comes later).")] = None,
     compare: Annotated[list[str] | None, typer.Option(help="Further models, PATH or PATH=LABEL; repeatable.")] = None,
     min_refusal: Annotated[float, typer.Option(help="Harmful prompts to be refused, as a share.")] = 0.9,
@@ -160,7 +165,7 @@ def smoke(
     gpu_layers: Annotated[int, typer.Option(help="Layers on the GPU, -1 for all.")] = 0,
     ctx: Annotated[int | None, typer.Option(help="Context length.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message before every prompt.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write the report to this .json file too.")] = None,
+    report: Annotated[Path | None, _file(help="Write the report to this .json file too.")] = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -195,7 +200,9 @@ def smoke(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A model or adapter: a directory, a .safetensors or a .gguf file.")],
+    path: Annotated[
+        Path, typer.Argument(readable=False, help="A model or adapter: a directory, a .safetensors or a .gguf file.")
+    ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings, but no notes.")] = False,
@@ -222,7 +229,7 @@ def inspect(
 
 @app.command()
 def demo(
-    directory: Annotated[Path | None, typer.Option("--dir", help="Keep the adapters here.")] = None,
+    directory: Annotated[Path | None, _file("--dir", help="Keep the adapters here.")] = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -298,6 +305,7 @@ def _report_path(report: Path | None, force: bool, others: Sequence[Path]) -> Pa
     """
     from converters.atomic import check_target
     from converters.errors import OutputPathError, UsageError
+    from converters.paths import resolved
 
     if report is None:
         return None
@@ -305,7 +313,7 @@ def _report_path(report: Path | None, force: bool, others: Sequence[Path]) -> Pa
         raise UsageError(f"--report writes .json files so far, not {report.suffix or report.name!r}")
     check_target(report, force=force)
     for other in others:
-        if report.resolve().is_relative_to(other.resolve()):
+        if resolved(report).is_relative_to(resolved(other)):
             raise OutputPathError(f"is {other} or lies in it; choose another place for the report", file=report)
     return report
 

@@ -14,6 +14,7 @@ from converters.names import canonical
 
 _VOCABULARY = ("model.embed_tokens", "lm_head", "token_embd", "output")
 """Modules whose rows are tokens, in both layouts."""
+_HEADS = ("lm_head", "output")
 _ROUNDED_ALIKE = 1.5  # times the energy that rounding is expected to have
 
 
@@ -40,18 +41,11 @@ def pair_up(base: Model, aligned: Model, adapter: LoraAdapter) -> list[Triple]:
         UnsupportedError: a weight in a type that can't be read.
     """
     _same_family(base, aligned)
+    _same_heads(base, aligned)
     _same_architecture(aligned, adapter)
     names = _by_module(base), _by_module(aligned)
     _same_shapes(base, aligned, names)
-    missing = [pair for pair in adapter.pairs.values() if pair.weight not in names[0] or pair.weight not in names[1]]
-    if missing:
-        which = base if missing[0].weight not in names[0] else aligned
-        raise MismatchError(
-            f"{len(missing)} of {len(adapter.pairs)} adapted modules have no weight in {which.path}; the first is "
-            f"{missing[0].module}. The adapter is for another model",
-            file=adapter.tensor_file,
-            tensor=missing[0].tensors[0],
-        )
+    _all_there(base, aligned, adapter, names)
     triples = [Triple(pair, names[0][pair.weight], names[1][pair.weight]) for pair in adapter.pairs.values()]
     for model, side in ((base, 0), (aligned, 1)):
         stacks = _stacks(adapter)
@@ -60,6 +54,28 @@ def pair_up(base: Model, aligned: Model, adapter: LoraAdapter) -> list[Triple]:
     for module in adapter.frozen_tables:
         _check_frozen_table(module, aligned, names[1].get(module), adapter)
     return triples
+
+
+def _all_there(
+    base: Model, aligned: Model, adapter: LoraAdapter, names: tuple[Mapping[str, str], Mapping[str, str]]
+) -> None:
+    missing = [pair for pair in adapter.pairs.values() if pair.weight not in names[0] or pair.weight not in names[1]]
+    if not missing:
+        return
+    first = missing[0]
+    which = base if first.weight not in names[0] else aligned
+    if first.weight in _HEADS and which.tied_embeddings:
+        raise UnsupportedError(
+            f"adapts the output head, which in {which.path} is the embedding (tied); merge the adapter into the model",
+            file=adapter.tensor_file,
+            tensor=first.tensors[0],
+        )
+    raise MismatchError(
+        f"{len(missing)} of {len(adapter.pairs)} adapted modules have no weight in {which.path}; the first is "
+        f"{first.module}. The adapter is for another model",
+        file=adapter.tensor_file,
+        tensor=first.tensors[0],
+    )
 
 
 def _by_module(model: Model) -> Mapping[str, str]:
@@ -80,6 +96,23 @@ def _same_family(base: Model, aligned: Model) -> None:
             f"is a {aligned.architecture}, and the base {base.path} is a {base.architecture}: base and "
             f"aligned must be the same model before and after its alignment",
             file=aligned.path,
+        )
+
+
+def _same_heads(base: Model, aligned: Model) -> None:
+    """Other heads mean another order of rows: the difference would be finite, and mean nothing."""
+    try:
+        heads = base.heads(), aligned.heads()
+    except FormatError:  # one doesn't say, or not in one number
+        return
+    if heads[0] != heads[1]:
+        found, expected = (
+            f"{count.query} attention heads ({count.key_value} for keys and values)" for count in heads[::-1]
+        )
+        raise MismatchError(
+            f"has {found}, and the base {base.path} has {expected}: base and aligned must be the same model before and "
+            f"after its alignment",
+            file=aligned.described_by,
         )
 
 
@@ -127,6 +160,13 @@ def _fits(pair: LoraPair, model: Model, tensor: str, adapter: LoraAdapter, exper
     if len(shape) < 2:
         found = f"has the shape {list(shape)}, expected a matrix"
         raise FormatError(found, file=model.path, tensor=model.stored_name(tensor))
+    if pair.weight in _VOCABULARY and shape[1:] == expected[1:] and shape[0] < expected[0]:
+        raise UnsupportedError(
+            f"is a pair for {expected[0]} tokens, and {model.path} has {shape[0]}: the vocabulary grew, and new tokens "
+            f"have no alignment to compare with. Merge the adapter into the model",
+            file=adapter.tensor_file,
+            tensor=pair.tensors[0],
+        )
     if shape != expected:
         raise MismatchError(
             f"is a pair for a weight of {list(expected)}; {model.path} has {list(shape)}. The adapter is for "
@@ -141,7 +181,7 @@ def _check_frozen_table(module: str, aligned: Model, tensor: str | None, adapter
     """A table that PEFT saved along must be the aligned model's: it differs where the vocabulary was resized."""
     if tensor is not None:
         ours, theirs = aligned.load(tensor), adapter.load_frozen_table(module)
-        if ours.shape == theirs.shape and _same_table(ours, theirs, aligned, tensor):
+        if ours.ndim == 2 and ours.shape == theirs.shape and _same_table(ours, theirs, aligned, tensor):
             return
     raise UnsupportedError(
         f"is a base table that differs from the one in {aligned.path}: the vocabulary was resized or the table "

@@ -28,7 +28,7 @@ from safelora_gguf._version import __version__
 from safelora_gguf.device import exact_float32, resolve_device
 from safelora_gguf.pairing import Triple, pair_up
 from safelora_gguf.projection import blend
-from safelora_gguf.references import check_references, score_notes
+from safelora_gguf.references import check_references, noise_notes, score_notes
 from safelora_gguf.report import InputReport, ModuleReport, OutputReport, ProjectReport, rounding_notes
 from safelora_gguf.scoring import Operator, Progress, Score, Scorer, norm_of
 from safelora_gguf.selection import Selection, select
@@ -131,7 +131,7 @@ def project_adapter(
         to=to,
         label="SafeLoRA",
         force=force,
-        reads=(before.path,),
+        reads=before.sources,
     )
     run = _Run(projection, output, source, triples, outtype, _describe_inputs(before, after, source))
     if dry_run:
@@ -139,7 +139,7 @@ def project_adapter(
     with exact_float32(), torch.inference_mode():
         scorer = Scorer(before, after, source, projection.operator, projection.k, where)
         scores = scorer.score_all(triples, progress)
-        check_references(before, after, scores, allow_noisy_reference)
+        check_references(before, after, scores, allow_noisy_reference or projection.rule.chooses_nothing)
         logger.debug("scored %d modules on %s", len(scores), where)
         chosen = select({name: score.cosine for name, score in scores.items()}, projection.rule)
         roundings = run.write(scores, chosen)
@@ -244,7 +244,7 @@ class _Run:
     def _notes(
         self, scores: Mapping[str, Score], chosen: Collection[str], roundings: Mapping[str, Rounding]
     ) -> tuple[str, ...]:
-        notes = list(self.adapter.notes)
+        notes = [*self.adapter.notes, *noise_notes(scores)]
         for triple in self.triples:
             module, name = triple.pair.module, self._label(triple)
             if module in scores:

@@ -8,6 +8,7 @@ from converters.errors import MismatchError, UnsupportedError
 from converters.models import Model
 from safelora_gguf.scoring import Score
 
+_CLEAR = 10  # of the signal to noise ratio: above it, B' was off by at most a few percent
 _FINER = "Take references in F16, BF16 or F32 (or Q8_0, where the alignment is strong)"
 
 
@@ -48,6 +49,22 @@ def check_references(base: Model, aligned: Model, scores: Mapping[str, Score], a
 def _mostly_noise(score: Score) -> bool:
     """Whether the paper's operator, which uses all of V, would use more noise than signal."""
     return score.cosine is not None and score.directions is None and score.snr is not None and score.snr < 1
+
+
+def noise_notes(scores: Mapping[str, Score]) -> list[str]:
+    """That quantized references shift what is measured, where they do so visibly."""
+    noisy = {
+        module: score.snr for module, score in scores.items() if score.snr is not None and score.cosine is not None
+    }
+    low = [module for module, ratio in noisy.items() if ratio < _CLEAR]
+    if not low:
+        return []
+    worst = min(noisy, key=lambda module: noisy[module])
+    return [
+        f"the references' rounding noise shows: the signal to noise ratio is under {_CLEAR} in {len(low)} of "
+        f"{len(scores)} modules, lowest in {worst} ({noisy[worst]:.2g}); expect cosines to be off by hundredths (by "
+        f"tenths under 3), and other modules to be chosen than with float references"
+    ]
 
 
 def score_notes(score: Score, k: int) -> list[str]:

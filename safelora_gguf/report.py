@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from converters.adapters.storing import Rounding
 
 
+_INVISIBLE = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+"""What acts on a terminal instead of being shown; JSON may spell it as an escape."""
 _LARGE_ERROR = 0.05
 
 
@@ -172,7 +175,8 @@ def rounding_notes(rounding: Rounding, outtype: str) -> list[str]:
 
 def dump_json(data: Mapping[str, Any]) -> str:
     """One JSON object, readable, with nothing in it that isn't JSON (NaN, Infinity)."""
-    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    return _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 def write_json_report(target: Path, data: Mapping[str, Any], *, force: bool) -> None:

@@ -42,6 +42,11 @@ class Selection:
         if self.mode == "threshold" and not -1 <= self.value <= 1:
             raise UsageError(f"threshold is {self.value:g}, expected a cosine, -1 to 1")
 
+    @property
+    def chooses_nothing(self) -> bool:
+        """Whether no cosine can matter."""
+        return self.mode in ("number", "ratio") and self.value == 0
+
 
 def select(cosines: Mapping[str, float | None], selection: Selection) -> frozenset[str]:
     """The modules to project. Those without a cosine (a zero update, a zero V) are never chosen.

@@ -5,8 +5,9 @@ Not our writer and not the gguf package's: both refuse to write what these tests
 
 from __future__ import annotations
 
+import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 UINT8, UINT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 0, 2, 4, 5, 6, 7, 8, 9, 10
@@ -76,19 +77,21 @@ class Packer:
         key_count: int | None = None,
         tensor_count: int | None = None,
         alignment: int = 32,
+        content: Callable[[Tensor], bytes] | None = None,
     ) -> bytes:
-        """A whole file, its data zeros."""
+        """A whole file; its data are zeros, or what `content` gives for each tensor."""
         counts = (
             len(tensors) if tensor_count is None else tensor_count,
             len(keys) if key_count is None else key_count,
         )
         header = b"GGUF" + struct.pack(self.order + "IQQ", version, *counts)
         header += b"".join(self.string(key) + value for key, value in keys)
-        offset = 0
+        data = b""
         for tensor in tensors:
-            header += self._tensor(tensor, offset if tensor.offset is None else tensor.offset)
-            offset += -(-tensor.size // alignment) * alignment
-        return header + bytes(-len(header) % alignment + offset) if tensors else header
+            header += self._tensor(tensor, len(data) if tensor.offset is None else tensor.offset)
+            data += bytes(tensor.size) if content is None else content(tensor)
+            data += bytes(-len(data) % alignment)
+        return header + bytes(-len(header) % alignment) + data if tensors else header
 
     def _tensor(self, tensor: Tensor, offset: int) -> bytes:
         count = len(tensor.shape) if tensor.dimensions is None else tensor.dimensions
@@ -103,6 +106,20 @@ class Packer:
 
 
 LITTLE, BIG = Packer("<"), Packer(">")
+
+
+def noise(seed: int, order: str = "<") -> Callable[[Tensor], bytes]:
+    """Values between -1 and 1 for F32 and F16 tensors, zeros for others: content that a computation can use."""
+    source = random.Random(seed)
+
+    def content(tensor: Tensor) -> bytes:
+        form = {F32: "f", F16: "e"}.get(tensor.qtype)
+        if form is None or tensor.nbytes is not None:
+            return bytes(tensor.size)
+        count = tensor.size // _BYTES[tensor.qtype]
+        return struct.pack(f"{order}{count}{form}", *(source.uniform(-1, 1) for _ in range(count)))
+
+    return content
 
 
 def adapter_keys(packer: Packer = LITTLE, **changed: bytes | None) -> list[tuple[str | bytes, bytes]]:

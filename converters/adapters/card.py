@@ -10,7 +10,7 @@ import yaml
 
 from converters.adapters.gguf import GgufAdapter
 from converters.adapters.lora import LoraAdapter
-from converters.gguf_metadata import GgufHeader
+from converters.gguf_metadata import GgufHeader, brief_text
 
 _MAX_HEADER = 1 << 14  # bytes of YAML; published headers take a tenth of it, and reading it is slow
 _MAX_ITEMS, _MAX_TEXT = 64, 200
@@ -43,10 +43,16 @@ def card_of(adapter: LoraAdapter) -> Card:
 
 def _from_gguf(header: GgufHeader) -> Card:
     return Card(
-        license=_text(header.value("general.license")),
-        tags=_texts(header.value("general.tags")),
-        languages=_texts(header.value("general.languages")),
+        license=_text(brief_text(header, "general.license")),
+        tags=_texts(_array(header, "general.tags")),
+        languages=_texts(_array(header, "general.languages")),
     )
+
+
+def _array(header: GgufHeader, key: str) -> Any:
+    entry = header.entries.get(key)
+    short = entry is not None and entry.count <= _MAX_ITEMS and entry.nbytes <= _MAX_ITEMS * _MAX_TEXT
+    return header.value(key) if short else None
 
 
 def _from_markdown(path: Path) -> Card:

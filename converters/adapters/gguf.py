@@ -12,16 +12,13 @@ from converters.adapters.lora import LoraPair
 from converters.errors import FormatError, UnsupportedError
 from converters.fingerprint import fingerprint_gguf
 from converters.gguf_header import read_gguf_header
-from converters.gguf_metadata import GgufHeader, GgufTensor
+from converters.gguf_metadata import GgufHeader, GgufTensor, brief_text
 from converters.gguf_tensors import GgufTensors
 from converters.models import Layout
 from converters.names import natural_order
 
 if TYPE_CHECKING:
     import torch
-
-MAX_EXPERTS = 4096
-"""More matrices in one stack than any model has; each becomes a pair of its own here."""
 
 _HUB = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)")
 
@@ -46,9 +43,12 @@ class GgufAdapter:
         pairs = [pair for name, (a, b) in halves.items() for pair in self._pairs(name, a, b)]
         if not pairs:
             raise FormatError("holds no LoRA pairs", file=header.path)
-        self.pairs: Mapping[str, LoraPair] = {
-            pair.module: pair for pair in sorted(pairs, key=lambda pair: natural_order(pair.module))
-        }
+        self.pairs: dict[str, LoraPair] = {}
+        for pair in sorted(pairs, key=lambda pair: natural_order(pair.module)):
+            if pair.module in self.pairs:
+                found = f"is a second pair for {pair.module}, the first is {self.pairs[pair.module].tensors[0]}"
+                raise FormatError(found, file=header.path, tensor=pair.tensors[0])
+            self.pairs[pair.module] = pair
 
     @property
     def path(self) -> Path:
@@ -75,7 +75,7 @@ class GgufAdapter:
 
     @property
     def base_model_name(self) -> str | None:
-        match = _HUB.fullmatch(str(self.header.value("general.base_model.0.repo_url")))
+        match = _HUB.fullmatch(brief_text(self.header, "general.base_model.0.repo_url"))
         return match[1] if match is not None else None
 
     @property
@@ -104,10 +104,6 @@ class GgufAdapter:
         if outer != 1 or (embedding and experts != 1):
             raise UnsupportedError(f"has the shape {list(a.shape)}, expected (r, in) or (experts, r, in)",
                                    file=self.path, tensor=a.name)  # fmt: skip
-        if experts > MAX_EXPERTS:
-            raise FormatError(
-                f"claims {experts} experts; at most {MAX_EXPERTS} are read", file=self.path, tensor=a.name
-            )
         module, stacked = name.removesuffix(".weight"), len(a.shape) > 2
         shape = (rest[0], out) if embedding else (out, rest[1])
         scaling = self._scaling(rank)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from converters.adapters.gguf_ignored import ignored
-from converters.adapters.gguf_pairs import EMBEDDING, Pair, adapter_pairs, four, sort_halves
+from converters.adapters.gguf_pairs import EMBEDDING, MAX_EXPERTS, MAX_PAIRS, Pair, adapter_pairs, four, sort_halves
 from converters.errors import FormatError, InputError, MismatchError, UnsupportedError
 from converters.gguf_metadata import GgufHeader, GgufTensor
 from converters.gguf_types import Kind
@@ -94,6 +94,10 @@ def adapter_findings(
     yield from _check_metadata(adapter)
     pairs, stray, errors = sort_halves(adapter)
     yield from errors
+    total = sum(math.prod(four(a.shape)[:2]) for a, _ in pairs.values())
+    if total > MAX_PAIRS:
+        told = f"claims {total} pairs, every expert of a stack counted; at most {MAX_PAIRS} are read"
+        yield FormatError(told, file=adapter.path)
     sound = {}
     for name, pair in pairs.items():
         faults = [*_check_types(adapter, pair), *_check_ranks(adapter, name, pair)]
@@ -204,6 +208,10 @@ def _check_ranks(adapter: GgufHeader, name: str, pair: Pair) -> Iterator[Finding
         found = f"A is {list(pair[0].shape)} and B is {list(pair[1].shape)}"
         order = "(vocabulary, r) and (dim, r)" if name.endswith(EMBEDDING) else "(r, in) and (out, r)"
         yield FormatError(f"{found}; expected {order} of one rank", file=adapter.path, tensor=name)
+    experts = math.prod(a[:-2])
+    if experts > MAX_EXPERTS:
+        told = f"claims {experts} experts; at most {MAX_EXPERTS} are read"
+        yield FormatError(told, file=adapter.path, tensor=pair[0].name)
 
 
 def _check_architecture(adapter: GgufHeader, model: GgufHeader) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from converters.adapters.gguf import GgufAdapter
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.adapters.output import Fact, LoadPair, Origin, Place, names_of, pair_out
 from converters.adapters.storing import PairOut, Rounding, round_pair
-from converters.architectures import HeadCounts, architecture_of
+from converters.architectures import HeadCounts, architecture_of, find_architecture
 from converters.atomic import atomic_file, check_target
 from converters.errors import Error, UnsupportedError
 from converters.ggml import QType, nbytes
@@ -145,7 +145,9 @@ class GgufOutput:
     def _check(self, name: str, pair: LoraPair) -> None:
         if "norm" in name:
             raise UnsupportedError("llama.cpp ignores pairs on norms", file=self._adapter.path, tensor=pair.key)
-        if self._model.tied_embeddings and name in ("token_embd.weight", "output.weight"):
+        table = find_architecture(self._architecture)
+        headless = table is not None and table.to_gguf("lm_head") is None  # GGUF has one matrix for both ends
+        if (headless or self._model.tied_embeddings) and name in ("token_embd.weight", "output.weight"):
             raise UnsupportedError(
                 "adapts an embedding that its model uses for input and output; llama.cpp can't apply such a pair. "
                 "Merge the adapter into the model instead",

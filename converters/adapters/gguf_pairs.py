@@ -6,6 +6,10 @@ from converters.errors import FormatError
 from converters.gguf_metadata import GgufHeader, GgufTensor
 
 EMBEDDING = "token_embd.weight"
+MAX_EXPERTS = 4096
+"""More matrices in one stack than any model has; each becomes a pair of its own where pairs are used."""
+MAX_PAIRS = 100_000
+"""More than the largest models have matrices, every expert counted."""
 _SUFFIXES = (".lora_a", ".lora_b")
 
 Pair = tuple[GgufTensor, GgufTensor]

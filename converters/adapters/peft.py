@@ -15,7 +15,7 @@ from converters.errors import FileMissingError, FormatError, UnsupportedError
 from converters.fingerprint import fingerprint
 from converters.models import Layout
 from converters.names import canonical, natural_order
-from converters.paths import existing, parse_json_object, read_bytes
+from converters.paths import existing, is_there, parse_json_object, read_bytes
 from converters.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def open_peft(path: str | Path) -> PeftAdapter:
     raw = parse_json_object(config_bytes, "the adapter's configuration", directory / CONFIG)
     config = parse_peft_config(raw, directory / CONFIG)
     weights = directory / WEIGHTS
-    if not weights.exists() and (directory / "adapter_model.bin").exists():
+    if not is_there(weights) and is_there(directory / "adapter_model.bin"):
         raise UnsupportedError(
             "is a pickle, which can run code when opened. If you trust it, convert it once: python -c "
             "\"import torch, safetensors.torch as s; s.save_file(torch.load('adapter_model.bin', weights_only=True), "

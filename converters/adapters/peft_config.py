@@ -82,7 +82,7 @@ def parse_peft_config(raw: Mapping[str, Any], path: Path) -> PeftConfig:
     alpha = _number(raw, "lora_alpha", 8, path)
     rank = raw.get("r", 8)
     if type(rank) is not int or not 0 < rank < 1 << 20:
-        raise FormatError(f"r is {rank!r}, expected a positive whole number", file=path)
+        raise FormatError(f"r is {_shown(rank)}, expected a positive whole number", file=path)
     name = raw.get("base_model_name_or_path")
     return PeftConfig(
         path=path,
@@ -105,15 +105,15 @@ def _refuse_what_is_more_than_pairs(raw: Mapping[str, Any], path: Path) -> None:
             file=path,
         )
     if kind != "LORA":
-        raise UnsupportedError(f"peft_type is {kind!r}; only LORA adapters can be read", file=path)
+        raise UnsupportedError(f"peft_type is {_shown(kind)}; only LORA adapters can be read", file=path)
     for switch, what in _REFUSED_SWITCHES.items():
         if raw.get(switch):
             raise UnsupportedError(what, file=path)
     init = raw.get("init_lora_weights", True)
     if not isinstance(init, str | bool | None) or init not in _HARMLESS_INITS:
         raise UnsupportedError(
-            f"was initialised with {init!r}, which changes the base model, so that it fits no published one; save "
-            f"it converted (PEFT: path_initial_model_for_weight_conversion) and try again",
+            f"was initialised with {_shown(init)}, which changes the base model, so that it fits no published one; "
+            f"save it converted (PEFT: path_initial_model_for_weight_conversion) and try again",
             file=path,
         )
 
@@ -121,7 +121,7 @@ def _refuse_what_is_more_than_pairs(raw: Mapping[str, Any], path: Path) -> None:
 def _number(raw: Mapping[str, Any], key: str, default: float, path: Path) -> float:
     value = raw.get(key, default)
     if type(value) not in (int, float) or not abs(value) <= 1e30:  # NaN compares false
-        raise FormatError(f"{key} is {value!r}, expected a number", file=path)
+        raise FormatError(f"{key[:80]} is {_shown(value)}, expected a number", file=path)
     return float(value)
 
 
@@ -130,7 +130,7 @@ def _flag(raw: Mapping[str, Any], key: str, path: Path) -> bool:
     if value is None:
         return False
     if not isinstance(value, bool):
-        raise FormatError(f"{key} is {value!r}, expected true or false", file=path)
+        raise FormatError(f"{key} is {_shown(value)}, expected true or false", file=path)
     return value
 
 
@@ -153,3 +153,7 @@ def _tokens(value: Any, path: Path) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(token) is int and 0 <= token < 1 << 32 for token in value):
         raise FormatError("alora_invocation_tokens is no list of tokens", file=path)
     return tuple(value)
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]

@@ -140,10 +140,14 @@ def _places(adapter: LoraAdapter, model: ModelDescription) -> tuple[HeadCounts |
         FormatError: heads that can't be told.
     """
     if isinstance(adapter, ConvertedAdapter):
-        there = {m: Place(_peft_name(adapter, pair), adapter.rule_of(m).inverse()) for m, pair in adapter.pairs.items()}
+        there = {
+            module: Place(_peft_name(adapter, pair, model), adapter.rule_of(module).inverse())
+            for module, pair in adapter.pairs.items()
+        }
         return adapter.bridge.heads, there
     if not isinstance(adapter, GgufAdapter):
-        return None, {module: Place(_peft_name(adapter, pair)) for module, pair in adapter.pairs.items()}
+        named = {module: Place(_peft_name(adapter, pair, model)) for module, pair in adapter.pairs.items()}
+        return None, named
     try:
         architecture = architecture_of(adapter.architecture, _REMEDY)
     except Error as error:
@@ -157,13 +161,19 @@ def _places(adapter: LoraAdapter, model: ModelDescription) -> tuple[HeadCounts |
                 file=adapter.path,
                 tensor=pair.key,
             )
-        places[module] = Place(*found)
+        places[module] = Place(_as_peft_names(model, found[0]), found[1])
     return model.heads(), places
 
 
-def _peft_name(adapter: LoraAdapter, pair: LoraPair) -> str:
-    """An adapter's own name for the module where PEFT wrote it; else the one that a plain model has."""
-    return canonical(pair.key) if adapter.peft_config is None else pair.key
+def _peft_name(adapter: LoraAdapter, pair: LoraPair, model: ModelDescription) -> str:
+    """An adapter's own name for the module where PEFT wrote it; else the one that PEFT finds in the model."""
+    return _as_peft_names(model, canonical(pair.key)) if adapter.peft_config is None else pair.key
+
+
+def _as_peft_names(model: ModelDescription, module: str) -> str:
+    """The module's name inside the model's class, which may wrap its text half."""
+    table = find_architecture(model.model_class or "")
+    return table.name_in(model.model_class or "", module) if table else module
 
 
 def _refuse_split_ties(adapter: LoraAdapter, model: ModelDescription) -> None:

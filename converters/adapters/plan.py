@@ -14,6 +14,7 @@ from converters.errors import OutputPathError, UsageError
 from converters.ggml import OUTTYPES
 from converters.identity import adapter_file_name, identify, plain_name
 from converters.models import ModelDescription
+from converters.paths import resolved
 
 
 def plan_output(
@@ -34,7 +35,7 @@ def plan_output(
             a GGUF file gets its conventional name.
         model: what the adapter is for.
         label: what a conventional name says about the adapter beside its own name, if anything.
-        reads: further inputs of the run, which an output directory must not replace.
+        reads: further files that the run reads, which the output must not replace.
 
     Raises:
         UsageError: an unknown type, or one that the format lacks.
@@ -48,10 +49,11 @@ def plan_output(
         raise UsageError("--to peft writes a directory, and --out ends in .gguf")
     if to == "gguf" or gguf_name:
         target = out if gguf_name else out / _conventional_name(adapter, model, label, outtype)
+        _refuse_to_overwrite(target, (adapter.tensor_file, *model.sources, *reads))
         return GgufOutput(target, OUTTYPES[outtype], adapter, model, force=force)
     if outtype == "q8_0":
         raise UsageError("PEFT directories hold f32, f16 or bf16; q8_0 is for GGUF")
-    _refuse_to_swallow(out, (adapter.path, model.path, *reads))
+    _refuse_to_swallow(out, (adapter.path, *model.sources, *reads))
     return PeftOutput(out, OUTTYPES[outtype], adapter, model, force=force)
 
 
@@ -61,9 +63,16 @@ def _conventional_name(adapter: LoraAdapter, model: ModelDescription, label: str
     return adapter_file_name(base, f"{own}-{label}" if label else own, outtype)
 
 
+def _refuse_to_overwrite(target: Path, inputs: Sequence[Path]) -> None:
+    """An input stays what it is, whatever --force says."""
+    for path in inputs:
+        if resolved(target) == resolved(path):
+            raise OutputPathError("is one of the inputs; choose another name", file=target)
+
+
 def _refuse_to_swallow(out: Path, inputs: Sequence[Path]) -> None:
     """A directory that is swapped whole must not be, or hold, what is being read, nor the place one works in."""
-    place = out.resolve()
+    place = resolved(out)
     for path in (*inputs, Path.cwd(), Path.home()):
-        if path.resolve().is_relative_to(place):
+        if resolved(path).is_relative_to(place):
             raise OutputPathError(f"would replace {path} with everything in it; choose another name", file=out)

@@ -4,8 +4,8 @@ One module per family, each a table entry; nothing here branches on a family's n
 `Architecture` and list it in `registry`.
 """
 
+from converters.architectures.heads import HeadCounts
 from converters.architectures.registry import KNOWN, architecture_of, find_architecture
 from converters.architectures.table import Architecture, Rule
-from converters.architectures.transforms import HeadCounts
 
 __all__ = ["KNOWN", "Architecture", "HeadCounts", "Rule", "architecture_of", "find_architecture"]

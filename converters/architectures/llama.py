@@ -1,10 +1,19 @@
-"""Llama and what kept its form: Mistral 7B, SmolLM and most community models of that shape."""
+"""Llama and what kept its modules and its way of rotating heads: Mistral, SmolLM, Granite, most community models."""
 
-from converters.architectures.table import Architecture, decoder_rules
-from converters.architectures.transforms import PermuteHeads
+from converters.architectures.decoder import PRE_NORMS, attention, embeddings, feed_forward, norms
+from converters.architectures.table import Architecture
 
-LLAMA = Architecture(
-    name="llama",
-    classes=("LlamaForCausalLM", "MistralForCausalLM"),
-    rules=decoder_rules(query=(PermuteHeads("query"),), key=(PermuteHeads("key_value"),)),
+_RULES = (*embeddings(), *attention(permuted=True), *feed_forward(), *norms(PRE_NORMS))
+
+LLAMA = Architecture(name="llama", classes=("LlamaForCausalLM", "MistralForCausalLM"), rules=_RULES)
+
+MISTRAL3 = Architecture(
+    name="mistral3",
+    classes=("Mistral3ForConditionalGeneration", "Ministral3ForCausalLM"),
+    rules=_RULES,
+    composites=("Mistral3ForConditionalGeneration",),
 )
+
+SMOLLM3 = Architecture(name="smollm3", classes=("SmolLM3ForCausalLM",), rules=_RULES)
+
+GRANITE = Architecture(name="granite", classes=("GraniteForCausalLM",), rules=_RULES)

@@ -1,11 +1,35 @@
 """All table entries, and how one is found."""
 
-from converters.architectures.llama import LLAMA
+from converters.architectures.cohere import COHERE2, COMMAND_R
+from converters.architectures.falcon import FALCON
+from converters.architectures.gemma import GEMMA, GEMMA2, GEMMA3
+from converters.architectures.glm import GLM4
+from converters.architectures.llama import GRANITE, LLAMA, MISTRAL3, SMOLLM3
+from converters.architectures.olmo import OLMO2
+from converters.architectures.phi import PHI3
 from converters.architectures.qwen import QWEN2, QWEN3
+from converters.architectures.stablelm import STABLELM
 from converters.architectures.table import Architecture
 from converters.errors import UnsupportedError
 
-KNOWN: tuple[Architecture, ...] = (LLAMA, QWEN2, QWEN3)
+KNOWN: tuple[Architecture, ...] = (
+    LLAMA,
+    MISTRAL3,
+    SMOLLM3,
+    GRANITE,
+    QWEN2,
+    QWEN3,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+    OLMO2,
+    COMMAND_R,
+    COHERE2,
+    STABLELM,
+    GLM4,
+    FALCON,
+)
 
 _BY_NAME = {name: entry for entry in KNOWN for name in (entry.name, *entry.classes)}
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from converters.architectures.transforms import HeadCounts, Transform
+from converters.architectures.heads import HeadCounts
+from converters.architectures.transforms import Transform
 
 if TYPE_CHECKING:
     import torch
 
 _LAYER = "{i}"
+_TEXT = "model."
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,15 @@ class Rule:
     """One kind of module: its name in a checkpoint (source) and in GGUF (target), `{i}` standing for the layer.
 
     Names have no `.weight` or `.bias` at their end; that part is the same on both sides.
+
+    Attributes:
+        one_way: whether another rule leads back from the same target.
     """
 
     source: str
     target: str
     transforms: tuple[Transform, ...] = ()
+    one_way: bool = False
 
     def inverse(self) -> Rule:
         """The rule that leads back."""
@@ -63,11 +68,13 @@ class Architecture:
         name: `general.architecture` in GGUF.
         classes: names that config.json gives under `architectures`.
         rules: every module that carries weights, norms included.
+        composites: those of the classes that hold such a model beside others, for images say.
     """
 
     name: str
     classes: tuple[str, ...]
     rules: tuple[Rule, ...]
+    composites: tuple[str, ...] = ()
 
     def to_gguf(self, module: str) -> tuple[str, Rule] | None:
         """The GGUF name of a checkpoint's module and the rule behind it; None when the table lacks it."""
@@ -77,13 +84,22 @@ class Architecture:
         """The checkpoint's name of a GGUF module and the rule that leads there; None when the table lacks it."""
         return _lookup(self._backward, module)
 
+    def name_in(self, model_class: str, module: str) -> str:
+        """The name that a module of the rules has in a model of a class, as PEFT must know it.
+
+        transformers has the text half of a composite model in `model.language_model`, whatever its files say
+        (see `converters.names.canonical`), and the head beside it.
+        """
+        wrapped = model_class in self.composites and module.startswith(_TEXT)
+        return f"{_TEXT}language_model.{module.removeprefix(_TEXT)}" if wrapped else module
+
     @cached_property
     def _forward(self) -> dict[str, Rule]:
         return {rule.source: rule for rule in self.rules}
 
     @cached_property
     def _backward(self) -> dict[str, Rule]:
-        return {rule.target: rule.inverse() for rule in self.rules}
+        return {rule.target: rule.inverse() for rule in self.rules if not rule.one_way}
 
 
 def _lookup(rules: dict[str, Rule], module: str) -> tuple[str, Rule] | None:
@@ -95,25 +111,3 @@ def _lookup(rules: dict[str, Rule], module: str) -> tuple[str, Rule] | None:
         return None
     rule = rules.get(module[: layer.start()] + _LAYER + module[layer.end() :])
     return None if rule is None else (rule.target.replace(_LAYER, layer[0]), rule)
-
-
-def decoder_rules(
-    extra: Sequence[Rule] = (), *, query: Sequence[Transform] = (), key: Sequence[Transform] = ()
-) -> tuple[Rule, ...]:
-    """The modules that the Llama line of decoders shares, with what a family does to queries and keys."""
-    layer, attention, mlp = "model.layers.{i}.", "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
-    return (
-        Rule("model.embed_tokens", "token_embd"),
-        Rule("model.norm", "output_norm"),
-        Rule("lm_head", "output"),
-        Rule(layer + "input_layernorm", "blk.{i}.attn_norm"),
-        Rule(attention + "q_proj", "blk.{i}.attn_q", tuple(query)),
-        Rule(attention + "k_proj", "blk.{i}.attn_k", tuple(key)),
-        Rule(attention + "v_proj", "blk.{i}.attn_v"),
-        Rule(attention + "o_proj", "blk.{i}.attn_output"),
-        Rule(layer + "post_attention_layernorm", "blk.{i}.ffn_norm"),
-        Rule(mlp + "gate_proj", "blk.{i}.ffn_gate"),
-        Rule(mlp + "up_proj", "blk.{i}.ffn_up"),
-        Rule(mlp + "down_proj", "blk.{i}.ffn_down"),
-        *extra,
-    )

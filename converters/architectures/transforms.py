@@ -6,43 +6,14 @@ the weight moves the rows of B and leaves A alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Literal, Protocol
 
+from converters.architectures.heads import HeadCounts
 from converters.errors import FormatError
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class HeadCounts:
-    """The attention heads of one model, which head-wise transforms depend on."""
-
-    query: int
-    key_value: int
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> HeadCounts:
-        """From config.json; composite models keep theirs in `text_config`.
-
-        Raises:
-            FormatError: the counts are missing or no positive numbers.
-        """
-        inner = config.get("text_config")
-        table = inner if isinstance(inner, dict) and "num_attention_heads" in inner else config
-        query = table.get("num_attention_heads")
-        key_value = table.get("num_key_value_heads")
-        if key_value is None:
-            key_value = query
-        if not _is_count(query) or not _is_count(key_value):
-            raise FormatError(f"config.json gives {query!r} attention heads and {key_value!r} key-value heads")
-        return cls(query, key_value)
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return type(value) is int and 0 < value < 1 << 20
 
 
 class Transform(Protocol):
@@ -82,3 +53,59 @@ class PermuteHeads:
 
     def inverse(self) -> PermuteHeads:
         return PermuteHeads(self.heads, not self.inverted)
+
+
+@dataclass(frozen=True)
+class UngroupHeads:
+    """The order of heads in a fused matrix of queries, keys and values.
+
+    Falcon's rows are groups, one for each key-value head: the queries that share it, its key, its value. llama.cpp
+    has all queries, then all keys, then all values.
+    """
+
+    inverted: bool = False
+
+    def weight(self, weight: torch.Tensor, heads: HeadCounts) -> torch.Tensor:
+        import torch
+
+        rows, rest = weight.shape[0], weight.shape[1:]
+        groups, shared = heads.key_value, heads.query // heads.key_value
+        if heads.query % groups or rows % (heads.query + 2 * groups):
+            raise FormatError(
+                f"{rows} rows can't be {heads.query} queries, {groups} keys and {groups} values of one size; is this "
+                f"the right config.json?"
+            )
+        size = rows // (heads.query + 2 * groups)
+        if self.inverted:
+            parts = torch.split(weight, [heads.query * size, groups * size, groups * size])
+            grouped = [part.reshape(groups, -1, *rest) for part in parts]
+            return torch.cat(grouped, dim=1).reshape(weight.shape)
+        whole = weight.reshape(groups, (shared + 2) * size, *rest)
+        parts = torch.split(whole, [shared * size, size, size], dim=1)
+        return torch.cat([part.reshape(-1, *rest) for part in parts])
+
+    def pair(self, a: torch.Tensor, b: torch.Tensor, heads: HeadCounts) -> tuple[torch.Tensor, torch.Tensor]:
+        return a, self.weight(b, heads)
+
+    def inverse(self) -> UngroupHeads:
+        return UngroupHeads(not self.inverted)
+
+
+@dataclass(frozen=True)
+class AddOne:
+    """The weight of a norm: Gemma's multiply by 1 + weight, llama.cpp's by what is stored.
+
+    Weights become float32, the type of all norms in GGUF, in which 1 + weight keeps what a 16-bit weight had down to
+    2^-24. A delta is the same in both layouts.
+    """
+
+    inverted: bool = False
+
+    def weight(self, weight: torch.Tensor, heads: HeadCounts) -> torch.Tensor:
+        return weight.float() + (-1 if self.inverted else 1)
+
+    def pair(self, a: torch.Tensor, b: torch.Tensor, heads: HeadCounts) -> tuple[torch.Tensor, torch.Tensor]:
+        return a, b
+
+    def inverse(self) -> AddOne:
+        return AddOne(not self.inverted)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from converters.adapters.gguf import MAX_EXPERTS
 from converters.adapters.gguf_check import NOT_MULTIPLIED, Finding, adapter_findings, model_findings
 from converters.adapters.gguf_pairs import EMBEDDING, Pair, four, sort_halves
 from converters.architectures import find_architecture
@@ -15,6 +14,7 @@ from converters.errors import FormatError, InputError, UnsupportedError
 from converters.fingerprint import fingerprint_gguf
 from converters.gguf_header import read_gguf_header
 from converters.gguf_metadata import GgufHeader, GgufTensor
+from converters.gguf_runnable import runnable_findings
 from converters.gguf_shards import read_gguf_headers
 from converters.gguf_types import Kind
 from converters.inspection.findings import FLOATS, TIED, sentences, tied_note, unreadable
@@ -62,7 +62,8 @@ def _is_adapter(header: GgufHeader) -> bool:
 def _model(path: Path, headers: Sequence[GgufHeader], findings: Sequence[Finding]) -> Inspection:
     tensors = [tensor for header in headers for tensor in header.tensors.values()]
     architecture = _architecture(headers[0])
-    told = [*findings, *model_findings(headers), *_model_warnings(architecture, tensors)]
+    refused = [found for found in runnable_findings(headers) if isinstance(found, FormatError)]
+    told = [*findings, *model_findings(headers), *refused, *_model_warnings(architecture, tensors)]
     return Inspection(
         path=path,
         kind="model",
@@ -93,10 +94,22 @@ def _model_warnings(architecture: str | None, tensors: Sequence[GgufTensor]) -> 
     warnings: list[Finding] = []
     if architecture == "clip":
         warnings.append("is the image or audio half of a model (clip, a projector), no language model")
+    elif architecture is not None and not _is_known(architecture):
+        warnings.append(
+            f"the architecture {architecture[:80]!r} is unknown to the installed gguf package, and may be to llama.cpp"
+        )
     if not tensors:
         warnings.append("holds no tensors: a vocabulary or metadata alone, no model that can run")
     odd = [_info(tensor) for tensor in tensors if not tensor.known or tensor.dtype in NOT_MULTIPLIED]
     return [*warnings, *unreadable(odd, _UNREADABLE, _UNKNOWN)]
+
+
+def _is_known(architecture: str) -> bool:
+    if find_architecture(architecture) is not None:
+        return True
+    from gguf.constants import MODEL_ARCH_NAMES  # brings numpy along: only where our own tables don't tell
+
+    return architecture in MODEL_ARCH_NAMES.values()
 
 
 def _model_notes(architecture: str | None, tensors: Sequence[GgufTensor]) -> list[str]:
@@ -154,11 +167,8 @@ def _check_dimensions(header: GgufHeader, name: str, pair: Pair) -> list[Unsuppo
     outer, experts, *_ = four(pair[0].shape)
     if outer != 1 or (experts != 1 and name.endswith(EMBEDDING)):
         found = f"has the shape {list(pair[0].shape)}, expected (r, in) or (experts, r, in)"
-    elif experts > MAX_EXPERTS:
-        found = f"claims {experts} experts; at most {MAX_EXPERTS} are read"
-    else:
-        return []
-    return [UnsupportedError(found, file=header.path, tensor=pair[0].name)]
+        return [UnsupportedError(found, file=header.path, tensor=pair[0].name)]
+    return []
 
 
 def _alpha(header: GgufHeader) -> float | None:

@@ -14,6 +14,7 @@ from converters.errors import MismatchError, UsageError
 from converters.fingerprint import fingerprint_gguf
 from converters.gguf_header import read_gguf_header
 from converters.gguf_metadata import GgufHeader
+from converters.gguf_runnable import runnable_findings
 from converters.gguf_shards import read_gguf_headers
 from safelora_gguf.report import InputReport
 from safelora_gguf.smoke.protocol import AdapterChoice
@@ -98,6 +99,8 @@ def _check_adapter(header: GgufHeader, shards: Sequence[GgufHeader]) -> tuple[st
 def _model(path: str | Path) -> tuple[GgufHeader, ...]:
     headers = read_gguf_headers(path, "GGUF model")
     check_model(headers)
+    for finding in runnable_findings(headers):
+        raise finding
     return headers
 
 

@@ -9,16 +9,35 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conformance import peft_side
-from conformance.families import HERE, Family, Logits, Upstream, convert_upstream, make_family
+from conformance.families import (
+    HERE,
+    Family,
+    Logits,
+    Upstream,
+    convert_upstream,
+    convert_upstream_each,
+    make_family,
+)
+from conformance.specs import MORE, THOROUGH
 
 SDIST = "llama-cpp-python==0.3.36"  # brings the llama.cpp that formats.md describes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices of this size gain nothing from more, and threads that wait for busy cores lose seconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +86,7 @@ def upstream_of(llama_cpp_sources: Path, family_of: Callable[[str], Family]) -> 
     return cache(lambda architecture: convert_upstream(family_of(architecture), llama_cpp_sources))
 
 
-@pytest.fixture(params=list(peft_side.CLASSES))
+@pytest.fixture(params=list(THOROUGH))
 def family(request: pytest.FixtureRequest, family_of: Callable[[str], Family]) -> Family:
     return family_of(request.param)
 
@@ -75,6 +94,18 @@ def family(request: pytest.FixtureRequest, family_of: Callable[[str], Family]) -
 @pytest.fixture
 def upstream(family: Family, upstream_of: Callable[[str], Upstream]) -> Upstream:
     return upstream_of(family.architecture)
+
+
+@pytest.fixture(params=list(MORE))
+def other(request: pytest.FixtureRequest, family_of: Callable[[str], Family]) -> Family:
+    """A family of `MORE`."""
+    return family_of(request.param)
+
+
+@pytest.fixture(scope="session")
+def upstream_of_others(llama_cpp_sources: Path, family_of: Callable[[str], Family]) -> Mapping[str, Upstream]:
+    """`MORE`'s models and plain adapters by upstream."""
+    return convert_upstream_each([family_of(architecture) for architecture in MORE], llama_cpp_sources)
 
 
 @pytest.fixture(scope="session")

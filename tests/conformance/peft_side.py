@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,15 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-CLASSES = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
-    # heads wider than hidden / heads, as the small Qwen 3 models have them
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 32}),
-}
+from conformance.specs import PROJECTIONS, SPECS, THOROUGH
 
 ALPHAS = {"v_proj": 3, r"layers\.0\.mlp\.up_proj": 20, "layers.1.self_attn.q_proj": 5}
 RANKS = {"k_proj": 2, r"layers\.1\.mlp\.(gate|up)_proj": 7}
@@ -31,38 +24,49 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "plain_r32": {"r": 32, "lora_alpha": 32},
 }
 
+# The kinds whose logits are compared for all that llama.cpp computes in a way of its own; the others have "plain".
+LOGIT_KINDS = ("plain", "rslora", "alpha_pattern", "rank_pattern")
+ALL_KINDS = ("gemma2", "gemma3", "phi3", "granite", "olmo2")
+
 TOKENS = (3, 17, 92, 5, 41, 41, 120, 66, 8, 101)
+
+
+def kinds_of(architecture: str) -> Mapping[str, Mapping[str, Any]]:
+    """LoraConfig's options for each kind of adapter that the architecture is tested with."""
+    if architecture in THOROUGH:
+        return KINDS
+    spec = SPECS[architecture]
+    first, last = spec.targets[0], spec.targets[-1]
+    options: Mapping[str, Mapping[str, Any]] = {
+        "plain": {},
+        "rslora": {"use_rslora": True},
+        "alpha_pattern": {"alpha_pattern": {first: 3, rf"layers\.0\.mlp\.{last}": 20}},
+        "rank_pattern": {"rank_pattern": {first: 2, rf"layers\.1\.mlp\.{last}": 7}},
+    }
+    kinds = LOGIT_KINDS if architecture in ALL_KINDS else ("plain",)
+    return {kind: {"target_modules": spec.linear, **options[kind]} for kind in kinds}
 
 
 def make_model(architecture: str) -> Any:
     """A seeded model with grouped queries whose logits differ by several units."""
     import transformers
 
-    config_class, model_class, more = CLASSES[architecture]
-    config = getattr(transformers, config_class)(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        **more,
-    )
-    model = getattr(transformers, model_class)(config).float().eval()
+    spec = SPECS[architecture]
+    config = getattr(transformers, spec.config)(**spec.options())
+    model = getattr(transformers, spec.model)(config).float().eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(_spread(name, noise))
+            parameter.copy_(_spread(name, parameter, noise))
     return model
 
 
-def _spread(name: str, noise: torch.Tensor) -> torch.Tensor:
-    if name.endswith("norm.weight"):
-        return 1 + 0.2 * noise
-    if noise.ndim == 1 or "embed_tokens" in name:
+def _spread(name: str, neutral: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """A parameter's values, from what transformers starts it with: a norm's is 1, or 0 where 1 + weight is meant."""
+    if name.endswith(("norm.weight", "ln_f.weight", "ln_attn.weight", "ln_mlp.weight")):
+        return neutral + 0.2 * noise
+    if noise.ndim == 1 or "embed" in name:
         return 0.5 * noise
     return noise * (3.0 if "lm_head" in name else 1.0) / noise.shape[1] ** 0.5
 
@@ -97,9 +101,11 @@ def save_adapter(model_path: Path, target: Path, options: Mapping[str, Any], see
 
 
 def load_model(path: Path) -> Any:
+    """A model by the class that its config.json names."""
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    name = json.loads((path / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, name).from_pretrained(path, dtype=torch.float32).eval()
 
 
 def load_adapted(model_path: Path, adapter_path: Path) -> Any:
@@ -107,6 +113,23 @@ def load_adapted(model_path: Path, adapter_path: Path) -> Any:
     import peft
 
     return peft.PeftModel.from_pretrained(load_model(model_path), adapter_path).eval()
+
+
+class GgmlGelu(torch.nn.Module):
+    """GELU as ggml's CPU code has it: its tanh form, between -10 and 10 from a table of F16."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x.abs() < 10, table, x.clamp(min=0))
+
+
+def with_ggml_gelu(model: Any) -> Any:
+    """The model with ggml's GELU in the place of its own, where it has one: alone it moves logits by up to 0.02."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if "gelu" in type(child).__name__.lower():
+                setattr(module, name, GgmlGelu())
+    return model
 
 
 def logits_of(model: Any) -> np.ndarray:

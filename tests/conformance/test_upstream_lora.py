@@ -7,14 +7,12 @@ lora_alpha whatever it means) the oracle is PEFT's own delta, and upstream must 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 from conformance import peft_side, reference
 from conformance.families import SAME, Family, Upstream
+from conformance.gguf_side import deltas, facts, rotary_rows, tensors
 
 pytestmark = pytest.mark.conformance
 
@@ -29,31 +27,6 @@ MODULES = {
 }
 
 
-def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Type, shape and stored bytes by name."""
-    return {
-        tensor.name: (tensor.tensor_type.name, tuple(tensor.shape.tolist()), tensor.data.tobytes())
-        for tensor in gguf.GGUFReader(path).tensors
-    }
-
-
-def facts(path: Path) -> dict[str, Any]:
-    """The metadata that llama.cpp acts upon, with its types."""
-    fields = gguf.GGUFReader(path).fields
-    keys = ("general.type", "general.architecture", "adapter.type", "adapter.lora.alpha")
-    return {key: (fields[key].types, fields[key].contents()) for key in keys}
-
-
-def deltas(path: Path) -> dict[str, np.ndarray]:
-    """What llama.cpp adds to each weight, (alpha / r) B A in float64, by GGUF name."""
-    reader = gguf.GGUFReader(path)
-    alpha = reader.fields["adapter.lora.alpha"].contents()
-    data = {tensor.name: tensor.data.astype(np.float64) for tensor in reader.tensors}
-    names = [name.removesuffix(".lora_a") for name in data if name.endswith(".lora_a")]
-    return {name: alpha / len(data[f"{name}.lora_a"]) * data[f"{name}.lora_b"] @ data[f"{name}.lora_a"]
-            for name in names}  # fmt: skip
-
-
 def peft_deltas(family: Family, kind: str) -> Mapping[str, np.ndarray]:
     """PEFT's own deltas in llama.cpp's names and row order."""
     adapted = peft_side.load_adapted(family.aligned, family.adapters[kind])
@@ -66,13 +39,6 @@ def peft_deltas(family: Family, kind: str) -> Mapping[str, np.ndarray]:
             rotated = family.architecture == "llama" and heads is not None
             result[f"blk.{layer}.{short}.weight"] = delta[rotary_rows(len(delta), heads)] if rotated else delta
     return result
-
-
-def rotary_rows(rows: int, heads: int) -> list[int]:
-    """Which row of a head-wise matrix llama.cpp's llama has at each place: 0, half, 1, half + 1, ... of each head."""
-    size = rows // heads
-    within = [place // 2 + (place % 2) * (size // 2) for place in range(size)]
-    return [head * size + place for head in range(heads) for place in within]
 
 
 @pytest.mark.parametrize(("kind", "outtype"), SAME)

@@ -13,7 +13,8 @@ import torch
 from gguf_bytes import BIG, LITTLE, Packer, Tensor, adapter_keys
 from gguf_models import QType, adapter_writer, finish, put
 
-from converters.adapters.gguf import MAX_EXPERTS, open_gguf_adapter
+from converters.adapters.gguf import open_gguf_adapter
+from converters.adapters.gguf_pairs import MAX_EXPERTS
 from converters.errors import FormatError, UnsupportedError
 
 RANDOM = np.random.default_rng(0)

@@ -26,6 +26,11 @@ Q = "blk.0.attn_q.weight"
 NATIVE, MIRRORED = (LITTLE, BIG) if sys.byteorder == "little" else (BIG, LITTLE)
 
 
+SIZES = [
+    (f"llama.{what}", NATIVE.uint32(1)) for what in ("context_length", "embedding_length", "block_count")
+]  # without which llama.cpp loads nothing
+
+
 def half(name: str, a: tuple[int, ...], b: tuple[int, ...], a_type: int = 0, b_type: int = 0) -> list[Tensor]:
     return [Tensor(f"{name}.lora_a", a, a_type), Tensor(f"{name}.lora_b", b, b_type)]
 
@@ -37,7 +42,7 @@ def packed(path: Path, tensors: Sequence[Tensor], packer: Packer = NATIVE, **key
 
 def model_file(path: Path, *tensors: Tensor, **keys: bytes) -> Path:
     named = [(key.replace("_", "."), value) for key, value in keys.items()]
-    path.write_bytes(NATIVE.file([("general.architecture", NATIVE.text("llama")), *named], tensors))
+    path.write_bytes(NATIVE.file([("general.architecture", NATIVE.text("llama")), *SIZES, *named], tensors))
     return path
 
 
@@ -51,6 +56,8 @@ def told(found: Inspection) -> str:
 def written_model(path: Path) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
     writer.add_rope_freq_base(5e5)
     writer.add_name("A model")
     writer.add_bool("general.flag", True)
@@ -123,6 +130,7 @@ def split(directory: Path) -> list[Path]:
     for number, path in enumerate(paths):
         keys = [
             ("general.architecture", NATIVE.text("llama")),
+            *SIZES,
             ("split.no", NATIVE.scalar(2, "H", number)),
             ("split.count", NATIVE.scalar(2, "H", 2)),
         ]
@@ -262,6 +270,32 @@ def test_tensors_of_a_model_that_nothing_can_use(tmp_path: Path) -> None:
     assert [warning.partition(";")[0] for warning in found.warnings] == [
         f"{Q}: stored as I32", "a: stored as F64", "b: stored as type 77",
     ]  # fmt: skip
+
+
+def test_what_llama_cpp_refuses_in_a_models_keys(tmp_path: Path) -> None:
+    """Names of keys and their types from llama.cpp's loader, which ends with "wrong type" or "key not found"."""
+    path = tmp_path / "m.gguf"
+    assert inspect_path(model_file(path, Tensor(Q, (4, 4)))).warnings == ()
+    keys = [
+        ("general.architecture", NATIVE.text("llama")),
+        ("general.name", NATIVE.uint32(3)),
+        ("llama.context_length", NATIVE.text("many")),
+        ("llama.block_count", NATIVE.uint32(1)),
+    ]
+    path.write_bytes(NATIVE.file(keys, [Tensor(Q, (4, 4)), Tensor("blk.0.attn_k.weight", (0, 4))]))
+    warnings = told(inspect_path(path))
+    for part in ("'general.name' is stored as UINT32", "'llama.context_length' is stored as STRING",
+                 "has no 'llama.embedding_length'", "no elements"):  # fmt: skip
+        assert part in warnings
+    assert "block_count" not in warnings
+
+
+def test_an_architecture_that_nobody_knows(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    for name, known in (("nosucharch", False), ("falcon-h1", True), ("bert", True)):
+        keys = [("general.architecture", NATIVE.text(name)), *((f"{name}.{key[6:]}", value) for key, value in SIZES)]
+        path.write_bytes(NATIVE.file(keys, [Tensor(Q, (4, 4))]))
+        assert ("unknown to the installed gguf package" in told(inspect_path(path))) != known
 
 
 def test_an_architecture_without_a_table_and_tied_embeddings_are_notes(tmp_path: Path) -> None:

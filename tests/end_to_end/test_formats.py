@@ -7,8 +7,6 @@ projection; and the paper's formula, dense and in float64, on what the files hol
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -351,20 +349,3 @@ def test_a_dry_run_tells_of_types_that_cannot_be_read(role: str, tmp_path: Path)
     told = invoke("project", *options, "--out", tmp_path / "out.gguf", "--dry-run")
     assert (told["exit"], told["error"]["kind"], told["error"]["tensor"]) == (3, "unsupported", name)
     assert "F8_E4M3" in told["error"]["message"]
-
-
-def test_half_a_surrogate_from_a_file_ends_in_valid_json(tmp_path: Path) -> None:
-    """JSON can spell what UTF-8 can't: a module's name in an adapter, quoted in the error."""
-    sizes = Sizes(hidden=32, ffn=32, layers=1)
-    model = save_model(tmp_path / "model", weights(sizes, 1), config(sizes))
-    lora = pairs(sizes.modules(), 3)
-    adapter = save_adapter(tmp_path / "adapter", lora, adapter_config())
-    name = next(name for name in lora if "up_proj" in name)
-    file = adapter / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes().replace(name.encode(), name.replace("layers", "\\ud800").encode()))
-    command = ["project", "--base", model, "--aligned", model, "--adapter", adapter, "--out", tmp_path / "o.gguf"]
-    done = subprocess.run(
-        [sys.executable, "-m", "safelora_gguf", *map(str, command), "--json"], capture_output=True, check=False
-    )
-    assert done.returncode == 3
-    assert "\ud800" in json.loads(done.stdout)["error"]["tensor"]
