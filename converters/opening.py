@@ -35,8 +35,11 @@ def open_model(path: str | Path) -> Model:
     return open_gguf_model(found) if is_gguf(found) else open_checkpoint(found)
 
 
-def open_adapter(path: str | Path) -> LoraAdapter:
+def open_adapter(path: str | Path, *, dora: bool = False) -> LoraAdapter:
     """Opens an adapter: a PEFT directory, an MLX directory, or a GGUF file. Reads headers only.
+
+    Args:
+        dora: see `open_peft`.
 
     Raises:
         FileMissingError: it, or a part of it, is missing.
@@ -48,4 +51,4 @@ def open_adapter(path: str | Path) -> LoraAdapter:
         return open_gguf_adapter(found)
     if found.is_file():
         raise FileMissingError("is a file, expected a directory with adapter_config.json or a .gguf file", file=found)
-    return open_mlx(found) if is_mlx(found) else open_peft(found)
+    return open_mlx(found) if is_mlx(found) else open_peft(found, dora=dora)

@@ -127,6 +127,7 @@ def convert_adapter_command(
     ] = None,
     outtype: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0.")] = "f32",
     to: Annotated[str | None, typer.Option(help="gguf: name the file by convention inside --out.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank for a DoRA adapter (default: 1 % error).")] = None,
     dry_run: Annotated[bool, typer.Option(help="Check all headers, write nothing.")] = False,
     force: Force = False,
     json: Json = False,
@@ -142,8 +143,8 @@ def convert_adapter_command(
         from safelora_gguf.terminal import convert_summary, convert_table, rendered
 
         result = convert_adapter(
-            source, out, base=base, outtype=outtype, to=_choice(to, "to", ("gguf", "peft", None)), force=force,
-            dry_run=dry_run,
+            source, out, base=base, outtype=outtype, to=_choice(to, "to", ("gguf", "peft", None)), rank=rank,
+            force=force, dry_run=dry_run,
         )  # fmt: skip
         summary = convert_summary(result, notes=not quiet)
         return Outcome(dump_json(result.to_json()) if json else rendered(convert_table(result), summary))

@@ -11,14 +11,18 @@ import torch
 
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.adapters.output import AdapterOutput, Origin
+from converters.adapters.peft import PeftAdapter
 from converters.adapters.plan import plan_output
 from converters.adapters.storing import Rounding
+from converters.checkpoint import Checkpoint
 from converters.description import model_of
-from converters.errors import MismatchError
+from converters.errors import MismatchError, UnsupportedError, UsageError
 from converters.layouts import find_table
 from converters.models import ModelDescription
 from converters.opening import open_adapter
 from safelora_gguf._version import __version__
+from safelora_gguf.device import exact_float32
+from safelora_gguf.dora import NearestPairs
 from safelora_gguf.report import InputReport, OutputReport, rounding_notes
 
 
@@ -95,6 +99,7 @@ def convert_adapter(
     base: str | Path | None = None,
     outtype: str = "f32",
     to: Literal["gguf", "peft"] | None = None,
+    rank: int | None = None,
     force: bool = False,
     dry_run: bool = False,
 ) -> ConvertReport:
@@ -107,6 +112,8 @@ def convert_adapter(
         base: the model that it is for: its directory, its config.json alone, or a GGUF file of it. Not needed
             where that stands beside the adapter, or from GGUF where no rows are reordered.
         outtype: f32, f16, bf16 or (GGUF only) q8_0.
+        rank: of the pairs that stand for a DoRA adapter, whose update has no low rank; by default the smallest
+            that keeps each module's error under 1 %. The base's weights are needed then.
         force: replace an existing output.
         dry_run: check all headers, write nothing.
 
@@ -115,8 +122,12 @@ def convert_adapter(
         InputError: a file or an output path that cannot be used; nothing was written.
         WriteError: the disk is full or fails; nothing partial was left.
     """
-    adapter = open_adapter(source)
+    adapter = open_adapter(source, dora=True)
     model = model_of(adapter, base)
+    if isinstance(adapter, PeftAdapter) and adapter.magnitudes:
+        adapter = _without_dora(adapter, model, rank)
+    elif rank is not None:
+        raise UsageError("rank is for DoRA adapters; the pairs of others keep theirs")
     _check_architecture(adapter, model)
     output = plan_output(Path(out), adapter, model, outtype=outtype, to=to, label="", force=force)
     own = InputReport("adapter", str(adapter.path), adapter.format, adapter.nbytes, adapter.fingerprint())
@@ -129,6 +140,19 @@ def convert_adapter(
         notes=(*adapter.notes, *_folded(adapter, output), *_rounded(roundings or {}, output, outtype)),
         planned_output=(str(output.target), output.planned_bytes()),
     )
+
+
+def _without_dora(adapter: PeftAdapter, model: ModelDescription, rank: int | None) -> NearestPairs:
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank is {rank}, expected at least 1")
+    if not isinstance(model, Checkpoint):
+        raise UnsupportedError(
+            f"uses DoRA, whose update depends on the base's weights; name the safetensors model with --base "
+            f"({model.path} has none that can be used)",
+            file=adapter.path,
+        )
+    with exact_float32(), torch.inference_mode():
+        return NearestPairs(adapter, model, rank)
 
 
 def _check_architecture(adapter: LoraAdapter, model: ModelDescription) -> None:

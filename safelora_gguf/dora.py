@@ -10,8 +10,18 @@ decomposition, U_k (U_k^T (W' - W)).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 
+from converters.adapters.lora import LoraPair
+from converters.adapters.peft import PeftAdapter
+from converters.errors import FormatError, MismatchError, UsageError
+from converters.models import Layout, Model
+from converters.names import canonical
 from safelora_gguf.low_rank import leading_subspace, subspace_within
 
 
@@ -42,3 +52,95 @@ def nearest_pair(
     a = u.T @ delta
     left = delta - u @ a
     return a, u, float(torch.linalg.vector_norm(left) / torch.linalg.vector_norm(delta))
+
+
+class NearestPairs:
+    """A DoRA adapter as plain pairs (a `LoraAdapter`), computed when it is made and held in memory.
+
+    Attributes:
+        notes: what was lost in every module.
+    """
+
+    format = "peft"
+    layout: Layout = "hugging_face"
+    architecture: str | None = None
+    peft_config: bytes | None = None  # the adapter's own says DoRA
+    frozen_tables: Mapping[str, str] = {}
+
+    def __init__(self, adapter: PeftAdapter, model: Model, rank: int | None) -> None:
+        """Computes every module's pair from the model's weights.
+
+        Args:
+            model: what the adapter was trained on, in Hugging Face's layout.
+            rank: see `nearest_pair`.
+
+        Raises:
+            MismatchError: the adapter is for another model. FormatError: values that are not finite.
+            UsageError: a rank that a module doesn't have.
+        """
+        self._adapter = adapter
+        names = {canonical(name).removesuffix(".weight"): name for name in model.infos}
+        self._pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.pairs: dict[str, LoraPair] = {}
+        notes = []
+        for module, pair in adapter.pairs.items():
+            delta = _delta(adapter, module, model, names.get(module), rank)
+            a, b, error = nearest_pair(delta, rank) if delta.any() else (*_nothing(pair), 0.0)
+            self._pairs[module] = a, b
+            self.pairs[module] = replace(pair, rank=len(a), scaling=1.0)
+            notes.append(f"{pair.key}: DoRA as a pair of rank {len(a)} is off by {error:.2%} of its update")
+        self.notes = (*adapter.notes, *notes)
+
+    @property
+    def path(self) -> Path:
+        return self._adapter.path
+
+    @property
+    def tensor_file(self) -> Path:
+        return self._adapter.tensor_file
+
+    @property
+    def nbytes(self) -> int:
+        return self._adapter.nbytes
+
+    @property
+    def lora_alpha(self) -> float:
+        """The largest rank: alpha / r is then 1 wherever ranks are equal."""
+        return float(max(pair.rank for pair in self.pairs.values()))
+
+    @property
+    def base_model_name(self) -> str | None:
+        return self._adapter.base_model_name
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...]:
+        return self._adapter.invocation_tokens
+
+    def load_frozen_table(self, module: str) -> torch.Tensor:
+        raise KeyError(module)
+
+    def load(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._pairs[module]
+
+    def fingerprint(self) -> str:
+        return self._adapter.fingerprint()
+
+
+def _nothing(pair: LoraPair) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(1, pair.shape[1]), torch.zeros(pair.shape[0], 1)
+
+
+def _delta(adapter: PeftAdapter, module: str, model: Model, tensor: str | None, rank: int | None) -> torch.Tensor:
+    pair = adapter.pairs[module]
+    if tensor is None or model.infos[tensor].shape != pair.shape:
+        found = "no weight" if tensor is None else f"a weight of {list(model.infos[tensor].shape)}"
+        told = f"is a pair for a weight of {list(pair.shape)}, and {model.path} has {found} there"
+        told += ": the adapter is for another model"
+        raise MismatchError(told, file=adapter.tensor_file, tensor=pair.tensors[0])
+    if rank is not None and rank > min(pair.shape):
+        raise UsageError(f"rank {rank} is more than {module} has: {min(pair.shape)}")
+    delta = dora_delta(model.load(tensor), *adapter.load(module), pair.scaling, adapter.load_magnitude(module))
+    norm = float(torch.linalg.vector_norm(delta))
+    if not math.isfinite(norm):
+        raise FormatError("gives an update that is not finite", file=adapter.tensor_file, tensor=pair.tensors[0])
+    return delta

@@ -19,7 +19,7 @@ import torch
 from converters.products import inner
 
 _SEGMENT = 256
-_CACHED = 1 << 17  # entries of a block that stays in the processor's cache between its three steps
+_CACHED = 1 << 18  # entries of a block that stays in the processor's cache between its three steps
 _UPLOADED = 1 << 24  # entries of a block on its way to another device
 
 

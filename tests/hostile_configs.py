@@ -74,7 +74,9 @@ CONFIGS = {
     # models
     "class of 3 MB": Case(setting(architectures=["x" * (3 * MB)]), MODEL, "architecture", sound=True),
     "heads of 3 MB": Case(setting(num_attention_heads="\n" * MB), MODEL, "attention heads|same weights", sound=True),
-    "heads of 4000 digits": Case(setting(num_attention_heads=int("9" * 4000)), MODEL, "attention heads|same weights", sound=True),
+    "heads of 4000 digits": Case(
+        setting(num_attention_heads=int("9" * 4000)), MODEL, "attention heads|same weights", sound=True
+    ),
     "class as number": Case(setting(architectures=[1]), MODEL, "architectures", sound=True),
     # adapters
     "kind of 3 MB": Case(setting(peft_type="\n" * MB), ADAPTER, "peft_type", sound=True),

@@ -28,8 +28,13 @@ PREFIX = "base_model.model."
 _LINEAR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
 _EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
 _FROZEN = re.compile(r"(.+)\.base_layer\.weight")
+_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.[^.]+)?")
 _MORE_THAN_PAIRS = (
-    ("lora_magnitude_vector", "holds DoRA magnitudes; DoRA's update is not of low rank: merge it with PEFT"),
+    (
+        "lora_magnitude_vector",
+        "holds DoRA magnitudes; DoRA's update is not of low rank: convert adapter makes the nearest pairs (or merge "
+        "it with PEFT)",
+    ),
     ("modules_to_save", "is a whole module trained beside the pairs (modules_to_save): merge it with PEFT"),
     ("trainable_tokens", "holds trained tokens: merge them with PEFT"),
     ("token_adapter", "holds trained tokens: merge them with PEFT"),
@@ -40,7 +45,11 @@ _MORE_THAN_PAIRS = (
 
 
 class PeftAdapter:
-    """A PEFT LoRA adapter (a `LoraAdapter`); see `open_peft`."""
+    """A PEFT LoRA adapter (a `LoraAdapter`); see `open_peft`.
+
+    Attributes:
+        magnitudes: by module, the tensors of DoRA's row lengths; the pairs alone are then not the update.
+    """
 
     format = "peft"
     layout: Layout = "hugging_face"
@@ -52,11 +61,12 @@ class PeftAdapter:
         self.config = config
         self.peft_config = config_bytes
         self._file = file
-        self._keys = _pair_keys(file)
+        self._keys = _pair_keys(file, dora=config.use_dora)
         self.frozen_tables = _frozen_tables(file)
         meanings = config.meanings([keys.module for keys in self._keys.values()])
         pairs = {module: self._pair(module, keys, meanings[keys.module]) for module, keys in self._keys.items()}
         self.pairs: Mapping[str, LoraPair] = {name: pairs[name] for name in sorted(pairs, key=natural_order)}
+        self.magnitudes = _magnitudes(file, self.pairs) if config.use_dora else {}
 
     @property
     def lora_alpha(self) -> float:
@@ -85,6 +95,10 @@ class PeftAdapter:
     def load(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         keys = self._keys[module]
         return self._file.load(keys.a), self._file.load(keys.b)
+
+    def load_magnitude(self, module: str) -> torch.Tensor:
+        """DoRA's row lengths (out,) of one module."""
+        return self._file.load(self.magnitudes[module]).reshape(-1)
 
     def fingerprint(self) -> str:
         return fingerprint([self._file], extra=self.peft_config)
@@ -126,8 +140,11 @@ class _PairKeys:
     embedding: bool
 
 
-def open_peft(path: str | Path) -> PeftAdapter:
+def open_peft(path: str | Path, *, dora: bool = False) -> PeftAdapter:
     """Opens a PEFT adapter directory; reads headers only.
+
+    Args:
+        dora: open DoRA adapters too, whose update is not that of their pairs (see `PeftAdapter.magnitudes`).
 
     Raises:
         FileMissingError: the directory, its configuration or its weights are missing.
@@ -139,7 +156,7 @@ def open_peft(path: str | Path) -> PeftAdapter:
         raise FileMissingError(f"is a file, expected a directory with {CONFIG}", file=directory)
     config_bytes = read_bytes(directory / CONFIG, "the adapter's configuration")
     raw = parse_json_object(config_bytes, "the adapter's configuration", directory / CONFIG)
-    config = parse_peft_config(raw, directory / CONFIG)
+    config = parse_peft_config(raw, directory / CONFIG, dora=dora)
     weights = directory / WEIGHTS
     if not is_there(weights) and is_there(directory / "adapter_model.bin"):
         raise UnsupportedError(
@@ -151,7 +168,7 @@ def open_peft(path: str | Path) -> PeftAdapter:
     return PeftAdapter(directory, config_bytes, config, SafetensorsFile(weights))
 
 
-def _pair_keys(file: SafetensorsFile) -> dict[str, _PairKeys]:
+def _pair_keys(file: SafetensorsFile, *, dora: bool) -> dict[str, _PairKeys]:
     """Groups a file's tensors into pairs by canonical module.
 
     Raises:
@@ -161,7 +178,7 @@ def _pair_keys(file: SafetensorsFile) -> dict[str, _PairKeys]:
     found: dict[tuple[str, bool], dict[str, list[str]]] = defaultdict(lambda: {"A": [], "B": []})
     for key in file.infos:
         plain = key.removeprefix(PREFIX)
-        if _FROZEN.fullmatch(plain):
+        if _FROZEN.fullmatch(plain) or (dora and _MAGNITUDE.fullmatch(plain)):
             continue
         match = _LINEAR.fullmatch(plain) or _EMBEDDING.fullmatch(plain)
         if match is None:
@@ -182,6 +199,30 @@ def _frozen_tables(file: SafetensorsFile) -> dict[str, str]:
     """Tensor names of base weights that were saved along, by canonical module."""
     found = {key: _FROZEN.fullmatch(key.removeprefix(PREFIX)) for key in file.infos}
     return {canonical(match[1]): key for key, match in found.items() if match is not None}
+
+
+def _magnitudes(file: SafetensorsFile, pairs: Mapping[str, LoraPair]) -> dict[str, str]:
+    """DoRA's tensors by module.
+
+    Raises:
+        FormatError: a module has none, or not one value for every row. UnsupportedError: it is an embedding.
+    """
+    found = {key: _MAGNITUDE.fullmatch(key.removeprefix(PREFIX)) for key in file.infos}
+    magnitudes = {canonical(match[1]): key for key, match in found.items() if match is not None}
+    for module, pair in pairs.items():
+        if module not in magnitudes:
+            raise FormatError("has no magnitudes, and the adapter is DoRA", file=file.path, tensor=pair.tensors[0])
+        key = magnitudes[module]
+        if pair.embedding:
+            raise UnsupportedError("is DoRA on an embedding; merge it with PEFT", file=file.path, tensor=key)
+        if file.infos[key].elements != pair.shape[0]:
+            told = f"has {file.infos[key].elements} values, expected one for each of {pair.shape[0]} rows"
+            raise FormatError(told, file=file.path, tensor=key)
+        file.check_type(key)
+    stray = sorted(set(magnitudes) - set(pairs))
+    if stray:
+        raise FormatError("has magnitudes and no pair", file=file.path, tensor=magnitudes[stray[0]])
+    return magnitudes
 
 
 def _both_halves(module: str, halves: Mapping[str, Sequence[str]], path: Path) -> tuple[str, str]:

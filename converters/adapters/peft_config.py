@@ -15,7 +15,7 @@ _HARMLESS_INITS = {None, True, False, "gaussian", "eva", "orthogonal"}
 """Initialisations that leave the base model as it is; the others subtract something from it."""
 
 _REFUSED_SWITCHES = {
-    "use_dora": "uses DoRA, whose update is not of low rank; merge it into its model with PEFT",
+    "use_dora": "uses DoRA, whose update has no low rank: convert adapter makes the nearest pairs, or merge it",
     "use_qalora": "uses QALoRA, which pools its inputs",
     "lora_bias": "trains a bias beside lora_B (lora_bias), which no GGUF adapter can hold; merge it with PEFT",
     "layer_replication": "repeats layers of its base model (layer_replication)",
@@ -50,6 +50,7 @@ class PeftConfig:
     r: int
     lora_alpha: float
     use_rslora: bool
+    use_dora: bool
     rank_pattern: Mapping[str, float]
     alpha_pattern: Mapping[str, float]
     base_model_name: str | None
@@ -71,14 +72,17 @@ class PeftConfig:
         return meanings
 
 
-def parse_peft_config(raw: Mapping[str, Any], path: Path) -> PeftConfig:
+def parse_peft_config(raw: Mapping[str, Any], path: Path, *, dora: bool = False) -> PeftConfig:
     """Checks a parsed adapter_config.json.
+
+    Args:
+        dora: accept DoRA, whose magnitudes the caller knows how to use.
 
     Raises:
         FormatError: a value has the wrong type or is out of range.
         UnsupportedError: the adapter is not, or not only, plain LoRA pairs.
     """
-    _refuse_what_is_more_than_pairs(raw, path)
+    _refuse_what_is_more_than_pairs({**raw, "use_dora": False} if dora else raw, path)
     alpha = _number(raw, "lora_alpha", 8, path)
     rank = raw.get("r", 8)
     if type(rank) is not int or not 0 < rank < 1 << 20:
@@ -89,6 +93,7 @@ def parse_peft_config(raw: Mapping[str, Any], path: Path) -> PeftConfig:
         r=rank,
         lora_alpha=alpha,
         use_rslora=_flag(raw, "use_rslora", path),
+        use_dora=_flag(raw, "use_dora", path),
         rank_pattern=_patterns(raw, "rank_pattern", path),
         alpha_pattern=_patterns(raw, "alpha_pattern", path),
         base_model_name=name if isinstance(name, str) and name else None,

@@ -93,7 +93,7 @@ def save_adapter(model_path: Path, target: Path, options: Mapping[str, Any], see
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name and "magnitude" not in name:
                 size = parameter.shape[1] if "lora_A" in name else 60 * parameter.shape[1]
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / size**0.5)
     adapted.save_pretrained(target, save_embedding_layers=False)
