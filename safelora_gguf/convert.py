@@ -23,7 +23,7 @@ from converters.opening import open_adapter
 from safelora_gguf._version import __version__
 from safelora_gguf.device import exact_float32
 from safelora_gguf.dora import NearestPairs
-from safelora_gguf.report import InputReport, OutputReport, rounding_notes
+from safelora_gguf.report import InputReport, OutputReport, output_entry, rounding_notes
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,7 @@ class ConvertReport:
             "modules": [module.to_json() for module in self.modules],
             "notes": list(self.notes),
         }
-        if self.output is None:
-            path, size = self.planned_output
-            result["planned_output"] = {"path": path, "bytes": size}
-        else:
-            result["output"] = self.output.to_json()
-        return result
+        return result | output_entry(self.output, self.planned_output)
 
 
 def convert_adapter(

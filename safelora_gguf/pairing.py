@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.errors import FormatError, MismatchError, UnsupportedError
+from converters.layouts import check_heads
 from converters.models import Model
 from converters.names import canonical
 
@@ -36,12 +38,13 @@ def pair_up(base: Model, aligned: Model, adapter: LoraAdapter) -> list[Triple]:
     """One triple per adapted module, in the adapter's order; headers only. All three are in one layout.
 
     Raises:
-        MismatchError: the references differ in shape, or the adapter is for another model.
+        MismatchError: the references differ in shape or heads, or the adapter is for another model.
         FormatError: a configuration names no architecture.
         UnsupportedError: a weight in a type that can't be read.
     """
     _same_family(base, aligned)
-    _same_heads(base, aligned)
+    with contextlib.suppress(FormatError):  # one doesn't say, or not in one number
+        check_heads(base, aligned)
     _same_architecture(aligned, adapter)
     names = _by_module(base), _by_module(aligned)
     _same_shapes(base, aligned, names)
@@ -96,23 +99,6 @@ def _same_family(base: Model, aligned: Model) -> None:
             f"is a {aligned.architecture}, and the base {base.path} is a {base.architecture}: base and "
             f"aligned must be the same model before and after its alignment",
             file=aligned.path,
-        )
-
-
-def _same_heads(base: Model, aligned: Model) -> None:
-    """Other heads mean another order of rows: the difference would be finite, and mean nothing."""
-    try:
-        heads = base.heads(), aligned.heads()
-    except FormatError:  # one doesn't say, or not in one number
-        return
-    if heads[0] != heads[1]:
-        found, expected = (
-            f"{count.query} attention heads ({count.key_value} for keys and values)" for count in heads[::-1]
-        )
-        raise MismatchError(
-            f"has {found}, and the base {base.path} has {expected}: base and aligned must be the same model before and "
-            f"after its alignment",
-            file=aligned.described_by,
         )
 
 

@@ -155,12 +155,14 @@ class ProjectReport:
             "modules": [module.to_json() for module in self.modules],
             "notes": list(self.notes),
         }
-        if self.output is None:
-            path, size = self.planned_output
-            result["planned_output"] = {"path": path, "bytes": size}
-        else:
-            result["output"] = self.output.to_json()
-        return result
+        return result | output_entry(self.output, self.planned_output)
+
+
+def output_entry(output: OutputReport | None, planned: tuple[str, int]) -> dict[str, Any]:
+    """What was written, or after a dry run what would have been: path and bytes of its tensors."""
+    if output is None:
+        return {"planned_output": {"path": planned[0], "bytes": planned[1]}}
+    return {"output": output.to_json()}
 
 
 def rounding_notes(rounding: Rounding, outtype: str) -> list[str]:

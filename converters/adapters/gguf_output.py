@@ -12,12 +12,13 @@ from converters.adapters.gguf import GgufAdapter
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.adapters.output import Fact, LoadPair, Origin, Place, names_of, pair_out
 from converters.adapters.storing import PairOut, Rounding, round_pair
-from converters.architectures import HeadCounts, architecture_of, find_architecture
+from converters.architectures import HeadCounts, find_architecture
 from converters.atomic import atomic_file, check_target
 from converters.errors import Error, UnsupportedError
 from converters.ggml import QType, nbytes
 from converters.gguf_file import TensorOut, Value, float32, text, texts, uint32, uint32s, write_gguf
 from converters.identity import ModelIdentity, identify, plain_name
+from converters.layouts import table_of
 from converters.models import ModelDescription
 
 if TYPE_CHECKING:
@@ -210,10 +211,7 @@ def _places(adapter: LoraAdapter, model: ModelDescription) -> tuple[str, HeadCou
     if adapter.layout == "gguf":
         named = {module: Place(_gguf_name(adapter, pair)) for module, pair in adapter.pairs.items()}
         return adapter.architecture or model.architecture, None, named
-    try:
-        architecture = architecture_of(model.architecture, _REMEDY)
-    except Error as error:
-        raise type(error)(error.message, file=model.described_by) from None
+    architecture = table_of(model, _REMEDY)
     heads, places = model.heads(), {}
     for module, pair in adapter.pairs.items():
         found = architecture.to_gguf(module)

@@ -15,10 +15,10 @@ from converters.adapters.peft_config_out import ConfigEntry, peft_config_for
 from converters.adapters.storing import PairOut, Rounding, round_pair
 from converters.architectures import HeadCounts, architecture_of, find_architecture
 from converters.atomic import atomic_directory, check_target
+from converters.converted import ConvertedAdapter
 from converters.errors import Error, UnsupportedError
 from converters.ggml import QType, nbytes
 from converters.identity import is_repository, plain_name
-from converters.layouts import ConvertedAdapter
 from converters.models import ModelDescription
 from converters.names import canonical
 from converters.safetensors_file import write_safetensors
