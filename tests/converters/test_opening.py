@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_bytes import LITTLE, Tensor
 from gguf_models import QType, permuted, put, write_gguf_adapter, write_gguf_model
 from models import Sizes, adapter_config, config, pairs, save_adapter, save_model, save_sharded, weights
 
@@ -145,3 +146,17 @@ def test_quantized_tensors_state_their_rounding(tmp_path: Path) -> None:
     exact = TENSORS["model.layers.0.mlp.up_proj.weight"][4:10].reshape(6, 1, 32).abs().amax(dim=2) / 127
     assert run == 32
     assert torch.allclose(variances, exact.square() / 12, rtol=2e-3)
+
+
+def test_nvfp4_with_scales_of_its_own_is_no_reference(tmp_path: Path) -> None:
+    """llama.cpp multiplies such a weight by the `.scale` beside it; without it the difference would mean nothing."""
+    tensors = [Tensor("blk.0.attn_q.weight", (2, 64), 40, nbytes=72), Tensor("blk.0.attn_q.scale", (1,))]
+    file = tmp_path / "model.gguf"
+    for count in (1, 2):
+        file.write_bytes(LITTLE.file([("general.architecture", LITTLE.text("llama"))], tensors[:count]))
+        model = open_model(file)
+        if count == 1:
+            model.check_type("blk.0.attn_q.weight")
+        else:
+            with pytest.raises(UnsupportedError, match="scale in a tensor of its own"):
+                model.check_type("blk.0.attn_q.weight")

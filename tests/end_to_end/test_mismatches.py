@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gguf_models import QType, adapter_writer, finish, put, write_gguf_adapter, write_gguf_model, write_trio
 from models import Sizes, adapter_config, config, moved, pairs, save_adapter, save_model, weights
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from safelora_gguf.cli import app
@@ -146,3 +148,38 @@ def test_smoke_keeps_what_llama_cpp_would_refuse_away_from_it(tmp_path: Path, mo
     tiny = Path(__file__).parents[2] / "safelora_gguf" / "tiny_family" / "aligned.gguf"
     told = smoke("--model", tiny, "--adapter", tmp_path / "experts.gguf")
     assert told["exit"] == 3 and "5000 experts" in told["error"]["message"]
+
+
+def test_an_mlx_pair_on_a_tied_embedding_is_no_peft_pair(tmp_path: Path) -> None:
+    """mlx-lm applies it at the output too, PEFT at the input alone: the same file would mean another update."""
+    sizes = Sizes(hidden=64, ffn=96, layers=1, tied=True)
+    before = weights(sizes, 1)
+    base, aligned = (save_model(tmp_path / str(n), m, config(sizes)) for n, m in enumerate((before, moved(before, 2))))
+    adapter = tmp_path / "mlx"
+    adapter.mkdir()
+    halves = {"lora_a": torch.randn(sizes.vocab, 4), "lora_b": torch.randn(4, sizes.hidden)}
+    save_file(
+        {f"model.embed_tokens.{half}": tensor for half, tensor in halves.items()}, adapter / "adapters.safetensors"
+    )
+    (adapter / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"rank": 4, "scale": 2.0}}))
+    told = project(base, aligned, adapter, tmp_path / "peft")
+    assert (told["exit"], told["error"]["kind"]) == (3, "unsupported")
+    assert "mlx_lm.fuse" in told["error"]["message"]
+
+
+def test_the_table_shows_noise_where_there_is_some(tmp_path: Path) -> None:
+    shown = {}
+    for name, qtype in (("exact", QType.F16), ("noisy", QType.Q8_0)):
+        random = np.random.default_rng(4)
+        weight, base = "blk.0.ffn_up.weight", random.normal(0, 0.02, (256, 256))
+        lora = {weight: (random.normal(size=(4, 256)), random.normal(size=(256, 4)))}
+        both = {weight: (base, base + 2e-3 * random.normal(size=(256, 256)))}
+        trio = write_trio(tmp_path / name, "llama", both, lora, qtype=qtype)
+        command = ["project", "--out", tmp_path / f"{name}.gguf"]
+        for option, path in zip(("--base", "--aligned", "--adapter"), trio, strict=True):
+            command += [option, path]
+        result = CliRunner().invoke(app, list(map(str, command)))
+        assert result.exit_code == 0
+        shown[name] = result.stdout.splitlines()[0]
+    assert "snr" not in shown["exact"]
+    assert "snr" in shown["noisy"] and "noise edge" in shown["noisy"]
