@@ -76,6 +76,7 @@ class UnnamedModel:
         self.architecture = architecture
 
     def heads(self) -> HeadCounts:
+        """Raises UnsupportedError: they are not known."""
         raise UnsupportedError(
             f"says nothing of the attention heads of its model, which {self.architecture} needs to reorder rows; name "
             f"the model with --base (its config.json or its GGUF file)",
@@ -84,7 +85,7 @@ class UnnamedModel:
 
 
 def describe_model(path: str | Path) -> ModelDescription:
-    """A model by its GGUF file, its directory, or its config.json; weights need not be there.
+    """A model by its GGUF file, its directory, or its config.json; weights need not be there, nor be sound.
 
     Raises:
         FileMissingError: there is no config.json. FormatError: it, or the GGUF header, is damaged.
@@ -107,10 +108,11 @@ def model_of(adapter: LoraAdapter, base: str | Path | None) -> ModelDescription:
     """
     if base is not None:
         return describe_model(base)
+    beside = (adapter.path if adapter.path.is_dir() else adapter.path.parent) / _CONFIG
+    if beside.is_file():
+        return describe_model(beside)
     if adapter.architecture is not None:
         return UnnamedModel(adapter, adapter.architecture)
-    if (adapter.path / _CONFIG).is_file():
-        return describe_model(adapter.path / _CONFIG)
     named = adapter.base_model_name
     if named is not None and (Path(named) / _CONFIG).is_file():
         return describe_model(named)

@@ -12,7 +12,7 @@ from gguf.utility import naming_convention
 from converters.paths import resolved
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-_ANONYMOUS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_ANONYMOUS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|config\.json")
 _UNFIT_FOR_FILES = re.compile(r"[^\w.+-]+")
 _LONGEST_NAME = 96
 

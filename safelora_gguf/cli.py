@@ -51,7 +51,7 @@ def _version(wanted: bool) -> None:
 
 
 convert = typer.Typer(
-    help="Convert adapters between PEFT, MLX and GGUF, offline, each with its true strength.", no_args_is_help=True
+    help="Convert adapters, PEFT or MLX to GGUF and back to PEFT, offline, each with its true strength.", no_args_is_help=True
 )
 app.add_typer(convert, name="convert")
 
@@ -123,7 +123,7 @@ def convert_adapter_command(
     ],
     out: Annotated[Path, _file(help="A .gguf file, or a directory for PEFT.")],
     base: Annotated[
-        Path | None, _file(help="The model it is for: directory, config.json or .gguf; no weights needed.")
+        Path | None, _file(help="The model it is for: directory, config.json or .gguf; weights for DoRA alone.")
     ] = None,
     outtype: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0.")] = "f32",
     to: Annotated[str | None, typer.Option(help="gguf: name the file by convention inside --out.")] = None,

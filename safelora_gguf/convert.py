@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,15 +14,18 @@ from converters.adapters.output import AdapterOutput, Origin
 from converters.adapters.peft import PeftAdapter
 from converters.adapters.plan import plan_output
 from converters.adapters.storing import Rounding
-from converters.checkpoint import Checkpoint
-from converters.description import model_of
-from converters.errors import MismatchError, UnsupportedError, UsageError
+from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.converted import Bridge, ConvertedAdapter, ConvertedModel
+from converters.description import ConfiguredModel, model_of
+from converters.errors import FormatError, MismatchError, UnsupportedError, UsageError
+from converters.gguf_model import GgufModel
 from converters.layouts import find_table
-from converters.models import ModelDescription
+from converters.models import Model, ModelDescription
 from converters.opening import open_adapter
 from safelora_gguf._version import __version__
 from safelora_gguf.device import exact_float32
 from safelora_gguf.dora import NearestPairs
+from safelora_gguf.pairing import check_adapted
 from safelora_gguf.report import InputReport, OutputReport, output_entry, rounding_notes
 
 
@@ -124,13 +127,15 @@ def convert_adapter(
     elif rank is not None:
         raise UsageError("rank is for DoRA adapters; the pairs of others keep theirs")
     _check_architecture(adapter, model)
+    _check_belongs(adapter, model)
     output = plan_output(Path(out), adapter, model, outtype=outtype, to=to, label="", force=force)
     own = InputReport("adapter", str(adapter.path), adapter.format, adapter.nbytes, adapter.fingerprint())
-    roundings = None if dry_run else _write(output, adapter, own)
+    bases = _weights_read(adapter, model)
+    roundings = None if dry_run else _write(output, adapter, (own, *bases))
     return ConvertReport(
         outtype=outtype,
         modules=tuple(_module(pair, output, (roundings or {}).get(name)) for name, pair in adapter.pairs.items()),
-        inputs=(own,),
+        inputs=(own, *bases),
         output=None if roundings is None else OutputReport.of(output.target, output.tensor_file),
         notes=(*adapter.notes, *_folded(adapter, output), *_rounded(roundings or {}, output, outtype)),
         planned_output=(str(output.target), output.planned_bytes()),
@@ -140,10 +145,11 @@ def convert_adapter(
 def _without_dora(adapter: PeftAdapter, model: ModelDescription, rank: int | None) -> NearestPairs:
     if rank is not None and rank < 1:
         raise UsageError(f"rank is {rank}, expected at least 1")
+    if isinstance(model, ConfiguredModel):
+        model = open_checkpoint(_place_of(model))  # which says what is missing or damaged
     if not isinstance(model, Checkpoint):
         raise UnsupportedError(
-            f"uses DoRA, whose update depends on the base's weights; name the safetensors model with --base "
-            f"({model.path} has none that can be used)",
+            "uses DoRA, whose update depends on the base's weights; name the safetensors model with --base",
             file=adapter.path,
         )
     with exact_float32(), torch.inference_mode():
@@ -161,12 +167,45 @@ def _check_architecture(adapter: LoraAdapter, model: ModelDescription) -> None:
         )
 
 
-def _write(output: AdapterOutput, adapter: LoraAdapter, own: InputReport) -> Mapping[str, Rounding]:
-    def load(module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = adapter.load(module)
-        return a.float(), b.float()
+def _place_of(model: ModelDescription) -> Path:
+    """Where weights would be, for a model that was named by its config.json."""
+    return model.described_by.parent if model.path == model.described_by else model.path
 
-    facts = {"safelora.version": __version__, "safelora.adapter.fingerprint": own.fingerprint}
+
+def _check_belongs(adapter: LoraAdapter, model: ModelDescription) -> None:
+    """That the model has the adapted weights in these shapes, as far as its tensors are at hand and are floats."""
+    if not isinstance(model, Checkpoint | GgufModel):
+        return
+    seen: Model = model
+    if adapter.layout != model.layout:
+        table = find_table(model)
+        if table is None:  # which the output will tell
+            return
+        bridge = Bridge(table, model.heads())
+        seen = model if model.layout == "gguf" else ConvertedModel(model, bridge)
+        adapter = adapter if adapter.layout == "gguf" else ConvertedAdapter(adapter, bridge)
+    check_adapted(seen, adapter)
+
+
+def _weights_read(adapter: LoraAdapter, model: ModelDescription) -> tuple[InputReport, ...]:
+    """The base, where the result depends on its weights."""
+    if not isinstance(adapter, NearestPairs):
+        return ()
+    base = model if isinstance(model, Checkpoint) else open_checkpoint(_place_of(model))
+    return (InputReport("base", str(base.path), base.format, base.nbytes, base.fingerprint()),)
+
+
+def _write(output: AdapterOutput, adapter: LoraAdapter, inputs: Sequence[InputReport]) -> Mapping[str, Rounding]:
+    def load(module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = (half.float() for half in adapter.load(module))
+        for half, name in ((a, 0), (b, 1)):
+            if not half.isfinite().all():
+                broken = adapter.pairs[module].tensors[name]
+                raise FormatError("holds NaN or Inf: the adapter is broken", file=adapter.tensor_file, tensor=broken)
+        return a, b
+
+    facts = {"safelora.version": __version__}
+    facts |= {f"safelora.{item.role}.fingerprint": item.fingerprint for item in inputs}
     description = f"A LoRA adapter converted from {adapter.format.upper()}; its update is unchanged."
     with torch.inference_mode():
         return output.write(load, Origin("", description, ("lora",), facts))

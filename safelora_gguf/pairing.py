@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,33 +48,54 @@ def pair_up(base: Model, aligned: Model, adapter: LoraAdapter) -> list[Triple]:
     _same_architecture(aligned, adapter)
     names = _by_module(base), _by_module(aligned)
     _same_shapes(base, aligned, names)
-    _all_there(base, aligned, adapter, names)
+    stacks = _stacks(adapter)
+    for model, found in zip((base, aligned), names, strict=True):
+        _all_there(model, adapter, found)
+        for pair in adapter.pairs.values():
+            model.check_type(found[pair.weight])
+            _fits(pair, model, found[pair.weight], adapter, stacks.get(pair.weight))
     triples = [Triple(pair, names[0][pair.weight], names[1][pair.weight]) for pair in adapter.pairs.values()]
-    for model, side in ((base, 0), (aligned, 1)):
-        stacks = _stacks(adapter)
-        for triple in triples:
-            _fits(triple.pair, model, names[side][triple.pair.weight], adapter, stacks.get(triple.pair.weight))
     for module in adapter.frozen_tables:
         _check_frozen_table(module, aligned, names[1].get(module), adapter)
     return triples
 
 
-def _all_there(
-    base: Model, aligned: Model, adapter: LoraAdapter, names: tuple[Mapping[str, str], Mapping[str, str]]
-) -> None:
-    missing = [pair for pair in adapter.pairs.values() if pair.weight not in names[0] or pair.weight not in names[1]]
+def check_adapted(model: Model, adapter: LoraAdapter) -> None:
+    """That a model has every adapted weight in the adapter's shape; both in one layout. Weights in a packed form, or
+    under names of their own (bitsandbytes, GPTQ), are passed over.
+
+    Raises:
+        MismatchError: the adapter is for another model. UnsupportedError: it adapts a tied head, or new tokens.
+    """
+    names, stacks = _by_module(model), _stacks(adapter)
+    packed = {name.rpartition(".")[0] for name in map(canonical, model.infos)}
+    _all_there(model, adapter, {*names, *packed})
+    for pair in adapter.pairs.values():
+        if pair.weight in names and _is_readable(model, names[pair.weight]):
+            _fits(pair, model, names[pair.weight], adapter, stacks.get(pair.weight))
+
+
+def _is_readable(model: Model, tensor: str) -> bool:
+    try:
+        model.check_type(tensor)
+    except UnsupportedError:
+        return False
+    return True
+
+
+def _all_there(model: Model, adapter: LoraAdapter, names: Container[str]) -> None:
+    missing = [pair for pair in adapter.pairs.values() if pair.weight not in names]
     if not missing:
         return
     first = missing[0]
-    which = base if first.weight not in names[0] else aligned
-    if first.weight in _HEADS and which.tied_embeddings:
+    if first.weight in _HEADS and model.tied_embeddings:
         raise UnsupportedError(
-            f"adapts the output head, which in {which.path} is the embedding (tied); merge the adapter into the model",
+            f"adapts the output head, which in {model.path} is the embedding (tied); merge the adapter into the model",
             file=adapter.tensor_file,
             tensor=first.tensors[0],
         )
     raise MismatchError(
-        f"{len(missing)} of {len(adapter.pairs)} adapted modules have no weight in {which.path}; the first is "
+        f"{len(missing)} of {len(adapter.pairs)} adapted modules have no weight in {model.path}; the first is "
         f"{first.module}. The adapter is for another model",
         file=adapter.tensor_file,
         tensor=first.tensors[0],
@@ -160,7 +181,6 @@ def _fits(pair: LoraPair, model: Model, tensor: str, adapter: LoraAdapter, exper
             file=adapter.tensor_file,
             tensor=pair.tensors[0],
         )
-    model.check_type(tensor)
 
 
 def _check_frozen_table(module: str, aligned: Model, tensor: str | None, adapter: LoraAdapter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,16 @@ def _from_gguf(header: GgufHeader) -> Card:
         license=_text(brief_text(header, "general.license")),
         tags=_texts(_array(header, "general.tags")),
         languages=_texts(_array(header, "general.languages")),
+        datasets=tuple(_datasets(header)),
     )
+
+
+def _datasets(header: GgufHeader) -> Iterator[str]:
+    for place in range(_MAX_ITEMS):
+        organization, name = (brief_text(header, f"general.dataset.{place}.{key}") for key in ("organization", "name"))
+        if not name:
+            return
+        yield f"{organization}/{name}" if organization else name
 
 
 def _array(header: GgufHeader, key: str) -> Any:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from converters.adapters.card import card_of
 from converters.adapters.gguf import GgufAdapter
 from converters.adapters.lora import LoraAdapter, LoraPair
-from converters.adapters.output import Fact, LoadPair, Origin, Place, names_of, pair_out
+from converters.adapters.output import Fact, LoadPair, Origin, Place, names_of, needed_heads, pair_out
 from converters.adapters.storing import PairOut, Rounding, round_pair
-from converters.architectures import HeadCounts, find_architecture
+from converters.architectures import HeadCounts, Rule, find_architecture
 from converters.atomic import atomic_file, check_target
 from converters.errors import Error, UnsupportedError
 from converters.ggml import QType, nbytes
@@ -212,7 +212,7 @@ def _places(adapter: LoraAdapter, model: ModelDescription) -> tuple[str, HeadCou
         named = {module: Place(_gguf_name(adapter, pair)) for module, pair in adapter.pairs.items()}
         return adapter.architecture or model.architecture, None, named
     architecture = table_of(model, _REMEDY)
-    heads, places = model.heads(), {}
+    places = {}
     for module, pair in adapter.pairs.items():
         found = architecture.to_gguf(module)
         if found is None:
@@ -221,12 +221,20 @@ def _places(adapter: LoraAdapter, model: ModelDescription) -> tuple[str, HeadCou
                 file=adapter.path,
                 tensor=pair.key,
             )
-        try:
-            found[1].check_rows(pair.shape, heads)
-        except Error as error:
-            raise type(error)(error.message, file=model.described_by, tensor=pair.tensors[1]) from None
         places[module] = Place(f"{found[0]}.weight", found[1])
+    heads = needed_heads(model, places)
+    for module, pair in adapter.pairs.items():
+        _check_rows(places[module].rule, pair, heads, model)
     return architecture.name, heads, places
+
+
+def _check_rows(rule: Rule | None, pair: LoraPair, heads: HeadCounts | None, model: ModelDescription) -> None:
+    if rule is None or heads is None:
+        return
+    try:
+        rule.check_rows(pair.shape, heads)
+    except Error as error:
+        raise type(error)(error.message, file=model.described_by, tensor=pair.tensors[1]) from None
 
 
 def _gguf_name(adapter: LoraAdapter, pair: LoraPair) -> str:

@@ -72,10 +72,19 @@ class Place:
 
     def bring(self, a: torch.Tensor, b: torch.Tensor, heads: HeadCounts | None) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B in the output's layout; `heads` of the model where there is a rule."""
-        if self.rule is None:
+        if self.rule is None or not self.rule.transforms:
             return a, b
         assert heads is not None, "a rule needs the model's heads"
         return self.rule.pair(a, b, heads)
+
+
+def needed_heads(model: ModelDescription, places: Mapping[str, Place]) -> HeadCounts | None:
+    """The model's heads, if any rule depends on them; not every model says.
+
+    Raises:
+        FormatError, UnsupportedError: they are needed and can't be told.
+    """
+    return model.heads() if any(place.rule and place.rule.transforms for place in places.values()) else None
 
 
 def pair_out(

@@ -9,7 +9,7 @@ from pathlib import Path
 from converters.adapters.card import card_of
 from converters.adapters.gguf import GgufAdapter
 from converters.adapters.lora import LoraAdapter, LoraPair
-from converters.adapters.output import Fact, LoadPair, Origin, Place, pair_out
+from converters.adapters.output import Fact, LoadPair, Origin, Place, needed_heads, pair_out
 from converters.adapters.peft import CONFIG, PREFIX, WEIGHTS
 from converters.adapters.peft_config_out import ConfigEntry, peft_config_for
 from converters.adapters.storing import PairOut, Rounding, round_pair
@@ -162,7 +162,7 @@ def _places(adapter: LoraAdapter, model: ModelDescription) -> tuple[HeadCounts |
                 tensor=pair.key,
             )
         places[module] = Place(_as_peft_names(model, found[0]), found[1])
-    return model.heads(), places
+    return needed_heads(model, places), places
 
 
 def _peft_name(adapter: LoraAdapter, pair: LoraPair, model: ModelDescription) -> str:

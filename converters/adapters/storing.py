@@ -115,6 +115,6 @@ def _rounded(
 def _balance(a: torch.Tensor, b: torch.Tensor) -> int:
     """The exponent that brings the largest entries of A and B to about the same size."""
     largest_a, largest_b = float(a.abs().max()), float(b.abs().max())
-    if largest_a == 0 or largest_b == 0:
+    if largest_a == 0 or largest_b == 0 or not math.isfinite(largest_a * largest_b):
         return 0
     return round((math.log2(largest_a) - math.log2(largest_b)) / 2)

@@ -216,6 +216,11 @@ def test_the_model_card_travels(tmp_path: Path) -> None:
     assert fields["general.dataset.count"] == 2
     assert fields["general.dataset.0.repo_url"] == "https://huggingface.co/datasets/somebody/poems"
     assert fields["general.dataset.1.name"] == "plain"
+    assert run(tmp_path / "out.gguf", "--out", tmp_path / "again.gguf")["exit"] == 0
+    again = {name: field.contents() for name, field in GGUFReader(tmp_path / "again.gguf").fields.items()}
+    assert {key: value for key, value in again.items() if "dataset" in key} == {
+        key: value for key, value in fields.items() if "dataset" in key
+    }
     assert run(tmp_path / "out.gguf", "--out", tmp_path / "peft", "--base", model)["exit"] == 0
     header = (tmp_path / "peft" / "README.md").read_text().split("---")[1]
     assert 'license: "llama2"' in header and '- "poetry"' in header
@@ -235,3 +240,61 @@ def test_a_broken_card_counts_as_none(card: str, tmp_path: Path) -> None:
     fields = {name: field.contents() for name, field in GGUFReader(tmp_path / "out.gguf").fields.items()}
     assert "general.license" not in fields
     assert fields["general.tags"] == ["lora"]
+
+
+@pytest.mark.parametrize("outtype", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_adapter_is_not_passed_on(outtype: str, value: float, tmp_path: Path) -> None:
+    lora = pairs(SIZES.modules(), 3)
+    name = next(name for name in lora if "up_proj.lora_B" in name)
+    lora[name][3, 1] = value
+    source = save_adapter(tmp_path / "adapter", lora, adapter_config())
+    told = run(source, "--out", tmp_path / "out.gguf", "--base", configured(tmp_path / "model"), "--outtype", outtype)
+    assert (told["exit"], told["error"]["kind"], told["error"]["tensor"]) == (3, "format", name)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+@pytest.mark.parametrize("wrong", [Sizes(hidden=32, ffn=96, layers=2), Sizes(hidden=64, ffn=96, layers=1)])
+def test_another_models_weights_give_it_away(wrong: Sizes, form: str, tmp_path: Path) -> None:
+    lora = pairs(SIZES.modules(), 3)
+    for source in (save_adapter(tmp_path / "peft", lora, adapter_config()),
+                   write_gguf_adapter(tmp_path / "adapter.gguf", lora, SETTINGS)):  # fmt: skip
+        base = tmp_path / f"base-{source.name}"
+        if form == "gguf":
+            write_gguf_model(base, weights(wrong, 1), config(wrong))
+        else:
+            save_model(base, weights(wrong, 1), config(wrong))
+        told = run(source, "--out", tmp_path / f"out-{source.name}", "--base", base, "--to", "gguf")
+        assert (told["exit"], told["error"]["kind"]) == (3, "mismatch")
+
+
+def test_a_packed_base_says_as_much_as_its_config(tmp_path: Path) -> None:
+    """bitsandbytes stores a weight as bytes in another shape, GPTQ under other names."""
+    packed = weights(SIZES, 1)
+    for name in list(packed):
+        if "up_proj" in name:
+            packed[name] = torch.zeros(SIZES.ffn * SIZES.hidden // 2, 1, dtype=torch.uint8)
+        if "down_proj" in name:
+            packed[name.replace(".weight", ".qweight")] = packed.pop(name).to(torch.int32)
+    base = save_model(tmp_path / "base", packed, SETTINGS)
+    source = save_adapter(tmp_path / "adapter", pairs(SIZES.modules(), 3), adapter_config())
+    assert run(source, "--out", tmp_path / "out.gguf", "--base", base)["exit"] == 0
+
+
+def test_no_base_is_needed_where_no_rows_move(tmp_path: Path) -> None:
+    settings = config(SIZES, "Qwen2ForCausalLM")
+    source = write_gguf_adapter(tmp_path / "source.gguf", pairs(SIZES.modules(), 3), settings)
+    assert run(source, "--out", tmp_path / "peft")["exit"] == 0
+    assert set(deltas(tmp_path / "peft")) == set(SIZES.modules())
+    # and for llama, whose rows do move, a config.json beside the file is found
+    place = configured(tmp_path / "llama")
+    source = write_gguf_adapter(place / "source.gguf", pairs(SIZES.modules(), 3), SETTINGS)
+    assert run(source, "--out", tmp_path / "other")["exit"] == 0
+
+
+def test_a_model_is_not_called_config_json(tmp_path: Path) -> None:
+    source = save_adapter(tmp_path / "poet", pairs(SIZES.modules(), 3), adapter_config())
+    model = configured(tmp_path / "Nice-1B") / "config.json"
+    told = run(source, "--out", tmp_path / "out", "--to", "gguf", "--base", model)
+    assert Path(told["output"]["path"]).name == "Nice-1B-poet-F32-LoRA.gguf"
