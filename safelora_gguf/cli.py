@@ -51,7 +51,7 @@ def _version(wanted: bool) -> None:
 
 
 convert = typer.Typer(
-    help="Convert adapters, PEFT or MLX to GGUF and back to PEFT, offline, each with its true strength.", no_args_is_help=True
+    help="Convert adapters, PEFT or MLX to GGUF and GGUF to PEFT, each with its true strength.", no_args_is_help=True
 )
 app.add_typer(convert, name="convert")
 
