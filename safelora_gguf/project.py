@@ -124,26 +124,17 @@ def project_adapter(
     triples = pair_up(before, after, source)
     _check_rank(projection, triples)
     output = plan_output(
-        Path(out),
-        source,
-        after,
-        outtype=outtype,
-        to=to,
-        label="SafeLoRA",
-        force=force,
-        reads=before.sources,
+        Path(out), source, after, outtype=outtype, to=to, label="SafeLoRA", force=force, reads=before.sources
     )
     run = _Run(projection, output, source, triples, outtype, _describe_inputs(before, after, source))
     if dry_run:
         return run.report({}, frozenset(), None)
+    logger.debug("scoring %d modules on %s", len(triples), where)
     with exact_float32(), torch.inference_mode():
-        scorer = Scorer(before, after, source, projection.operator, projection.k, where)
-        scores = scorer.score_all(triples, progress)
+        scores = Scorer(before, after, source, projection.operator, projection.k, where).score_all(triples, progress)
         check_references(before, after, scores, allow_noisy_reference or projection.rule.chooses_nothing)
-        logger.debug("scored %d modules on %s", len(scores), where)
         chosen = select({name: score.cosine for name, score in scores.items()}, projection.rule)
-        roundings = run.write(scores, chosen)
-    return run.report(scores, chosen, roundings)
+        return run.report(scores, chosen, run.write(scores, chosen))
 
 
 def _check_rank(projection: Projection, triples: Sequence[Triple]) -> None:
