@@ -17,7 +17,7 @@ from converters.adapters.storing import Rounding
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.converted import Bridge, ConvertedAdapter, ConvertedModel
 from converters.description import ConfiguredModel, model_of
-from converters.errors import FormatError, MismatchError, UnsupportedError, UsageError
+from converters.errors import FormatError, InputError, MismatchError, UnsupportedError, UsageError
 from converters.gguf_model import GgufModel
 from converters.layouts import find_table
 from converters.models import Model, ModelDescription
@@ -174,14 +174,18 @@ def _place_of(model: ModelDescription) -> Path:
 
 def _check_belongs(adapter: LoraAdapter, model: ModelDescription) -> None:
     """That the model has the adapted weights in these shapes, as far as its tensors are at hand and are floats."""
-    if not isinstance(model, Checkpoint | GgufModel):
+    if not isinstance(model, Checkpoint | GgufModel) or not model.infos:  # a header or vocabulary alone will do
         return
     seen: Model = model
     if adapter.layout != model.layout:
         table = find_table(model)
-        if table is None:  # which the output will tell
+        try:
+            heads = model.heads()
+        except InputError:
+            heads = None
+        if table is None or heads is None:  # where either is needed, the output will tell
             return
-        bridge = Bridge(table, model.heads())
+        bridge = Bridge(table, heads)
         seen = model if model.layout == "gguf" else ConvertedModel(model, bridge)
         adapter = adapter if adapter.layout == "gguf" else ConvertedAdapter(adapter, bridge)
     check_adapted(seen, adapter)
@@ -207,6 +211,8 @@ def _write(output: AdapterOutput, adapter: LoraAdapter, inputs: Sequence[InputRe
     facts = {"safelora.version": __version__}
     facts |= {f"safelora.{item.role}.fingerprint": item.fingerprint for item in inputs}
     description = f"A LoRA adapter converted from {adapter.format.upper()}; its update is unchanged."
+    if isinstance(adapter, NearestPairs):
+        description = "The plain LoRA pairs nearest to a DoRA adapter, whose update they are not exactly."
     with torch.inference_mode():
         return output.write(load, Origin("", description, ("lora",), facts))
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from gguf_bytes import LITTLE, Tensor
 from gguf_models import permuted, write_gguf_adapter, write_gguf_model
 from models import PROJECTIONS, Sizes, adapter_config, config, pairs, save_adapter, save_model, weights
 from safetensors.torch import save_file
@@ -298,3 +299,22 @@ def test_a_model_is_not_called_config_json(tmp_path: Path) -> None:
     model = configured(tmp_path / "Nice-1B") / "config.json"
     told = run(source, "--out", tmp_path / "out", "--to", "gguf", "--base", model)
     assert Path(told["output"]["path"]).name == "Nice-1B-poet-F32-LoRA.gguf"
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+def test_a_header_without_tensors_or_heads_will_do(architecture: str, tmp_path: Path) -> None:
+    """A vocabulary file: llama's rows need its head counts, Qwen2's need nothing."""
+    settings = config(SIZES, architecture)
+    source = save_adapter(tmp_path / "adapter", pairs(SIZES.modules(), 3), adapter_config())
+    bare = write_gguf_model(tmp_path / "bare.gguf", {}, settings)
+    assert run(source, "--out", tmp_path / "out.gguf", "--base", bare)["exit"] == 0
+    keys = [("general.architecture", LITTLE.text(architecture.removesuffix("ForCausalLM").lower()))]
+    tensor = Tensor("blk.0.attn_q.weight", (SIZES.hidden, SIZES.hidden))
+    for name, tensors in (("empty", []), ("full", [tensor])):
+        file = tmp_path / f"{name}.gguf"
+        file.write_bytes(LITTLE.file(keys, tensors))
+        told = run(source, "--out", tmp_path / f"out-{name}.gguf", "--base", file)
+        if architecture == "LlamaForCausalLM":
+            assert told["exit"] == 3 and "head_count" in told["error"]["message"]
+        else:
+            assert told["exit"] == 0
