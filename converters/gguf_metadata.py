@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from converters.gguf_types import FIXED, TENSOR_TYPES, Kind
 MAX_VALUE = 16 << 20  # bytes, and
 MAX_ITEMS = 1 << 19  # items, of a value that is decoded; the longest list of merges has 515,000
 MAX_WORD = 256  # bytes of a value that is a name
+_HUB = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)")
 _MAX_BRIEF = 1024  # bytes of a value of no consequence
 
 ByteOrder = Literal["little", "big"]
@@ -170,3 +172,9 @@ def brief_text(header: GgufHeader, key: str) -> str:
     if entry is None or entry.kind is not Kind.STRING or entry.nbytes > _MAX_BRIEF:
         return ""
     return str(header.value(key))
+
+
+def published_as(header: GgufHeader, key: str) -> str | None:
+    """The repository, `organization/model`, that a link of no consequence leads to."""
+    match = _HUB.fullmatch(brief_text(header, key))
+    return match[1] if match is not None else None

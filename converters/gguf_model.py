@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from converters.architectures import HeadCounts
 from converters.errors import FormatError, UnsupportedError
 from converters.fingerprint import fingerprint_gguf
 from converters.ggml import dequantize
-from converters.gguf_metadata import GgufHeader, brief_text
+from converters.gguf_metadata import GgufHeader, published_as
 from converters.gguf_shards import read_gguf_headers
 from converters.gguf_tensors import GgufTensors
 from converters.models import Layout
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-_HUB = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)")
 _HEAD = "output.weight"
 
 
@@ -90,8 +88,8 @@ class GgufModel:
 
     @property
     def repositories(self) -> tuple[str, ...]:
-        found = [_HUB.fullmatch(brief_text(self.headers[0], key)) for key in ("general.repo_url", "general.source.url")]
-        return tuple(match[1] for match in found if match is not None)
+        found = (published_as(self.headers[0], key) for key in ("general.repo_url", "general.source.url"))
+        return tuple(name for name in found if name is not None)
 
     def heads(self) -> HeadCounts:
         query = self._count("head_count")

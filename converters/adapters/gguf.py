@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,15 +11,13 @@ from converters.adapters.lora import LoraPair
 from converters.errors import FormatError, UnsupportedError
 from converters.fingerprint import fingerprint_gguf
 from converters.gguf_header import read_gguf_header
-from converters.gguf_metadata import GgufHeader, GgufTensor, brief_text
+from converters.gguf_metadata import GgufHeader, GgufTensor, published_as
 from converters.gguf_tensors import GgufTensors
 from converters.models import Layout
 from converters.names import natural_order
 
 if TYPE_CHECKING:
     import torch
-
-_HUB = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)")
 
 
 class GgufAdapter:
@@ -75,8 +72,7 @@ class GgufAdapter:
 
     @property
     def base_model_name(self) -> str | None:
-        match = _HUB.fullmatch(brief_text(self.header, "general.base_model.0.repo_url"))
-        return match[1] if match is not None else None
+        return published_as(self.header, "general.base_model.0.repo_url")
 
     @property
     def invocation_tokens(self) -> tuple[int, ...]:
