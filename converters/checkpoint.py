@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from converters.architectures import HeadCounts
 from converters.errors import FileMissingError, FormatError, UnsupportedError
 from converters.fingerprint import fingerprint
+from converters.model_config import class_of, heads_of, repositories_of
 from converters.models import Layout
 from converters.paths import existing, is_there, read_json_object
 from converters.safetensors_file import SafetensorsFile
@@ -22,7 +23,6 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MAX_INDEX = 16 << 20  # bytes; the largest published one has 14 million
 _MAX_SHARDS = 10_000
-_LONGEST_CLASS = 200
 
 
 class Checkpoint:
@@ -78,10 +78,7 @@ class Checkpoint:
         return fingerprint(self.files)
 
     def heads(self) -> HeadCounts:
-        try:
-            return HeadCounts.from_config(self.config)
-        except FormatError as error:
-            raise FormatError(error.message, file=self.config_file) from None
+        return heads_of(self.config, self.config_file)
 
     @property
     def described_by(self) -> Path:
@@ -93,25 +90,11 @@ class Checkpoint:
 
     @property
     def repositories(self) -> tuple[str, ...]:
-        own = self.config.get("_name_or_path")
-        return (own,) if isinstance(own, str) else ()
+        return repositories_of(self.config)
 
     @cached_property
     def architecture(self) -> str:
-        """The class named in config.json, such as LlamaForCausalLM.
-
-        Raises:
-            FormatError: config.json names none.
-        """
-        classes = self.config.get("architectures")
-        name = classes[0] if isinstance(classes, list) and classes else None
-        if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_CLASS:
-            raise FormatError(
-                'has no "architectures": ["..."], so nobody can tell how its tensors are laid out; '
-                "take config.json from the model's original repository",
-                file=self.config_file,
-            )
-        return name
+        return class_of(self.config, self.config_file)
 
     @property
     def model_class(self) -> str:

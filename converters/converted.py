@@ -32,6 +32,20 @@ class Bridge:
     heads: HeadCounts
 
 
+def place_in_gguf(architecture: Architecture, pair: LoraPair, adapter: Path) -> tuple[str, Rule]:
+    """GGUF's name of the module that a Hugging Face pair adapts, and the rule that leads there.
+
+    Raises:
+        UnsupportedError: the table has no place for it.
+    """
+    found = architecture.to_gguf(pair.module)
+    if found is None:
+        raise UnsupportedError(
+            f"the architecture {architecture.name} has no place for this module in GGUF", file=adapter, tensor=pair.key
+        )
+    return found
+
+
 class ConvertedModel:
     """A Hugging Face model as a `Model` in GGUF's layout. Tensors that the table lacks (vision, say) are left out."""
 
@@ -152,7 +166,7 @@ class ConvertedAdapter:
         self._adapter = adapter
         self.bridge = bridge
         self._places: dict[str, tuple[str, Rule]] = {}
-        pairs = [self._pair(module, pair) for module, pair in adapter.pairs.items()]
+        pairs = [self._pair(pair) for pair in adapter.pairs.values()]
         self.pairs: Mapping[str, LoraPair] = {
             pair.module: pair for pair in sorted(pairs, key=lambda pair: natural_order(pair.module))
         }
@@ -218,17 +232,11 @@ class ConvertedAdapter:
     def fingerprint(self) -> str:
         return self._adapter.fingerprint()
 
-    def _pair(self, module: str, pair: LoraPair) -> LoraPair:
-        found = self.bridge.architecture.to_gguf(module)
-        if found is None:
-            raise UnsupportedError(
-                f"the architecture {self.bridge.architecture.name} has no place for this module in GGUF",
-                file=self.path,
-                tensor=pair.key,
-            )
+    def _pair(self, pair: LoraPair) -> LoraPair:
+        name, rule = place_in_gguf(self.bridge.architecture, pair, self.path)
         try:
-            found[1].check_rows(pair.shape, self.bridge.heads)
+            rule.check_rows(pair.shape, self.bridge.heads)
         except FormatError as error:
             raise FormatError(error.message, file=self.path, tensor=pair.tensors[1]) from None
-        self._places[found[0]] = module, found[1]
-        return replace(pair, module=found[0])
+        self._places[name] = pair.module, rule
+        return replace(pair, module=name)

@@ -8,11 +8,11 @@ from typing import Any
 from converters.adapters.lora import LoraAdapter
 from converters.architectures import HeadCounts
 from converters.checkpoint import open_checkpoint
-from converters.errors import FileMissingError, FormatError, InputError, UnsupportedError
+from converters.errors import FileMissingError, InputError, UnsupportedError
 from converters.gguf_model import open_gguf_model
+from converters.model_config import class_of, heads_of, repositories_of
 from converters.models import Layout, ModelDescription
-from converters.opening import is_gguf
-from converters.paths import existing, read_json_object
+from converters.paths import existing, is_gguf, read_json_object
 
 _CONFIG = "config.json"
 
@@ -29,11 +29,7 @@ class ConfiguredModel:
 
     @property
     def architecture(self) -> str:
-        classes = self._config.get("architectures")
-        if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
-            raise FormatError('has no "architectures": ["..."]; take config.json from the model\'s original repository',
-                              file=self.described_by)  # fmt: skip
-        return classes[0]
+        return class_of(self._config, self.described_by)
 
     @property
     def model_class(self) -> str:
@@ -48,18 +44,14 @@ class ConfiguredModel:
 
     @property
     def repositories(self) -> tuple[str, ...]:
-        own = self._config.get("_name_or_path")
-        return (own,) if isinstance(own, str) else ()
+        return repositories_of(self._config)
 
     @property
     def sources(self) -> tuple[Path, ...]:
         return (self.described_by,)
 
     def heads(self) -> HeadCounts:
-        try:
-            return HeadCounts.from_config(self._config)
-        except FormatError as error:
-            raise FormatError(error.message, file=self.described_by) from None
+        return heads_of(self._config, self.described_by)
 
 
 class UnnamedModel:

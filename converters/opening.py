@@ -12,14 +12,7 @@ from converters.checkpoint import open_checkpoint
 from converters.errors import FileMissingError
 from converters.gguf_model import open_gguf_model
 from converters.models import Model
-from converters.paths import existing, starts_with
-
-_GGUF = b"GGUF"
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether a file is GGUF, by its first bytes, or at least claims to be by its name."""
-    return path.is_file() and (path.suffix.lower() == ".gguf" or starts_with(path, _GGUF))
+from converters.paths import existing, is_gguf
 
 
 def open_model(path: str | Path) -> Model:

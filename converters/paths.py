@@ -98,6 +98,11 @@ def starts_with(path: Path, magic: bytes) -> bool:
         return False
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file is GGUF, by its first bytes, or at least claims to be by its name."""
+    return path.is_file() and (path.suffix.lower() == ".gguf" or starts_with(path, b"GGUF"))
+
+
 def mapped(path: Path, what: str) -> mmap.mmap:
     """A whole file as memory: torch wants it writable, and the file must never change, so pages are private.
 

@@ -73,7 +73,9 @@ class Differences:
         return found
 
     def prefetch(self, triple: Triple) -> None:
-        """Asks the system to read a weight's pages soon."""
+        """Asks the system to read a weight's pages soon; a stack's all at once, with its first expert."""
+        if triple.pair.expert:
+            return
         self._base.prefetch(triple.base_tensor)
         self._aligned.prefetch(triple.aligned_tensor)
 

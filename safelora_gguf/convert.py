@@ -122,36 +122,42 @@ def convert_adapter(
     """
     adapter = open_adapter(source, dora=True)
     model = model_of(adapter, base)
+    inputs = [InputReport.of("adapter", adapter)]
     if isinstance(adapter, PeftAdapter) and adapter.magnitudes:
+        model = _with_weights(model, adapter)
+        inputs.append(InputReport.of("base", model))
         adapter = _without_dora(adapter, model, rank)
     elif rank is not None:
         raise UsageError("rank is for DoRA adapters; the pairs of others keep theirs")
     _check_architecture(adapter, model)
     _check_belongs(adapter, model)
     output = plan_output(Path(out), adapter, model, outtype=outtype, to=to, label="", force=force)
-    own = InputReport("adapter", str(adapter.path), adapter.format, adapter.nbytes, adapter.fingerprint())
-    bases = _weights_read(adapter, model)
-    roundings = None if dry_run else _write(output, adapter, (own, *bases))
+    roundings = None if dry_run else _write(output, adapter, inputs)
     return ConvertReport(
         outtype=outtype,
         modules=tuple(_module(pair, output, (roundings or {}).get(name)) for name, pair in adapter.pairs.items()),
-        inputs=(own, *bases),
+        inputs=tuple(inputs),
         output=None if roundings is None else OutputReport.of(output.target, output.tensor_file),
         notes=(*adapter.notes, *_folded(adapter, output), *_rounded(roundings or {}, output, outtype)),
         planned_output=(str(output.target), output.planned_bytes()),
     )
 
 
-def _without_dora(adapter: PeftAdapter, model: ModelDescription, rank: int | None) -> NearestPairs:
-    if rank is not None and rank < 1:
-        raise UsageError(f"rank is {rank}, expected at least 1")
-    if isinstance(model, ConfiguredModel):
-        model = open_checkpoint(_place_of(model))  # which says what is missing or damaged
+def _with_weights(model: ModelDescription, adapter: PeftAdapter) -> Checkpoint:
+    """The base with its weights, where it was named by its config.json or its directory."""
+    if isinstance(model, ConfiguredModel):  # opening it again says what is missing or damaged
+        model = open_checkpoint(model.described_by.parent if model.path == model.described_by else model.path)
     if not isinstance(model, Checkpoint):
         raise UnsupportedError(
             "uses DoRA, whose update depends on the base's weights; name the safetensors model with --base",
             file=adapter.path,
         )
+    return model
+
+
+def _without_dora(adapter: PeftAdapter, model: Checkpoint, rank: int | None) -> NearestPairs:
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank is {rank}, expected at least 1")
     with exact_float32(), torch.inference_mode():
         return NearestPairs(adapter, model, rank)
 
@@ -165,11 +171,6 @@ def _check_architecture(adapter: LoraAdapter, model: ModelDescription) -> None:
             f"for another model",
             file=adapter.path,
         )
-
-
-def _place_of(model: ModelDescription) -> Path:
-    """Where weights would be, for a model that was named by its config.json."""
-    return model.described_by.parent if model.path == model.described_by else model.path
 
 
 def _check_belongs(adapter: LoraAdapter, model: ModelDescription) -> None:
@@ -189,14 +190,6 @@ def _check_belongs(adapter: LoraAdapter, model: ModelDescription) -> None:
         seen = model if model.layout == "gguf" else ConvertedModel(model, bridge)
         adapter = adapter if adapter.layout == "gguf" else ConvertedAdapter(adapter, bridge)
     check_adapted(seen, adapter)
-
-
-def _weights_read(adapter: LoraAdapter, model: ModelDescription) -> tuple[InputReport, ...]:
-    """The base, where the result depends on its weights."""
-    if not isinstance(adapter, NearestPairs):
-        return ()
-    base = model if isinstance(model, Checkpoint) else open_checkpoint(_place_of(model))
-    return (InputReport("base", str(base.path), base.format, base.nbytes, base.fingerprint()),)
 
 
 def _write(output: AdapterOutput, adapter: LoraAdapter, inputs: Sequence[InputReport]) -> Mapping[str, Rounding]:

@@ -22,7 +22,6 @@ from converters.adapters.storing import Rounding
 from converters.errors import UsageError
 from converters.identity import plain_name
 from converters.layouts import common_layout
-from converters.models import Model
 from converters.opening import open_adapter, open_model
 from safelora_gguf._version import __version__
 from safelora_gguf.device import exact_float32, resolve_device
@@ -126,7 +125,8 @@ def project_adapter(
     output = plan_output(
         Path(out), source, after, outtype=outtype, to=to, label="SafeLoRA", force=force, reads=before.sources
     )
-    run = _Run(projection, output, source, triples, outtype, _describe_inputs(before, after, source))
+    inputs = InputReport.of("base", before), InputReport.of("aligned", after), InputReport.of("adapter", source)
+    run = _Run(projection, output, source, triples, outtype, inputs)
     if dry_run:
         return run.report({}, frozenset(), None)
     logger.debug("scoring %d modules on %s", len(triples), where)
@@ -141,15 +141,6 @@ def _check_rank(projection: Projection, triples: Sequence[Triple]) -> None:
     for triple in triples:
         if projection.operator == "subspace" and projection.k > min(triple.pair.shape):
             raise UsageError(f"rank {projection.k} is more than {triple.pair.module} has: {min(triple.pair.shape)}")
-
-
-def _describe_inputs(base: Model, aligned: Model, adapter: LoraAdapter) -> tuple[InputReport, ...]:
-    models = [
-        InputReport(role, str(model.path), model.format, model.nbytes, model.fingerprint())
-        for role, model in (("base", base), ("aligned", aligned))
-    ]
-    own = InputReport("adapter", str(adapter.path), adapter.format, adapter.nbytes, adapter.fingerprint())
-    return (*models, own)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from converters.fingerprint import sha256_file
 from safelora_gguf._version import __version__
 
 if TYPE_CHECKING:
+    from converters.adapters.lora import LoraAdapter
     from converters.adapters.storing import Rounding
+    from converters.models import Model
 
 
 _INVISIBLE = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
@@ -36,6 +38,10 @@ class InputReport:
     format: str
     bytes: int
     fingerprint: str
+
+    @classmethod
+    def of(cls, role: str, source: Model | LoraAdapter) -> InputReport:
+        return cls(role, str(source.path), source.format, source.nbytes, source.fingerprint())
 
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -14,6 +14,7 @@ from converters.adapters.output import Fact, LoadPair, Origin, Place, names_of, 
 from converters.adapters.storing import PairOut, Rounding, round_pair
 from converters.architectures import HeadCounts, Rule, find_architecture
 from converters.atomic import atomic_file, check_target
+from converters.converted import place_in_gguf
 from converters.errors import Error, UnsupportedError
 from converters.ggml import QType, nbytes
 from converters.gguf_file import TensorOut, Value, float32, text, texts, uint32, uint32s, write_gguf
@@ -114,8 +115,10 @@ class GgufOutput:
         self.target = self.tensor_file = out
         self._qtype, self._adapter, self._model, self._force = qtype, adapter, model, force
         self._architecture, self._heads, self._places = _places(adapter, model)
+        table = find_architecture(self._architecture)
+        headless = table is not None and table.to_gguf("lm_head") is None  # GGUF has one matrix for both ends
         for module, pair in adapter.pairs.items():
-            self._check(self._places[module].name, pair)
+            self._check(self._places[module].name, pair, tied=headless or model.tied_embeddings)
         # GGUF keeps one alpha, and reads 0 as "none": then B takes the whole scaling (which is 0).
         self._alpha = adapter.lora_alpha or 1.0
 
@@ -143,12 +146,10 @@ class GgufOutput:
         )
         return dict(zip(self._places, roundings, strict=True))
 
-    def _check(self, name: str, pair: LoraPair) -> None:
+    def _check(self, name: str, pair: LoraPair, *, tied: bool) -> None:
         if "norm" in name:
             raise UnsupportedError("llama.cpp ignores pairs on norms", file=self._adapter.path, tensor=pair.key)
-        table = find_architecture(self._architecture)
-        headless = table is not None and table.to_gguf("lm_head") is None  # GGUF has one matrix for both ends
-        if (headless or self._model.tied_embeddings) and name in ("token_embd.weight", "output.weight"):
+        if tied and name in ("token_embd.weight", "output.weight"):
             raise UnsupportedError(
                 "adapts an embedding that its model uses for input and output; llama.cpp can't apply such a pair. "
                 "Merge the adapter into the model instead",
@@ -214,14 +215,8 @@ def _places(adapter: LoraAdapter, model: ModelDescription) -> tuple[str, HeadCou
     architecture = table_of(model, _REMEDY)
     places = {}
     for module, pair in adapter.pairs.items():
-        found = architecture.to_gguf(module)
-        if found is None:
-            raise UnsupportedError(
-                f"the architecture {architecture.name} has no place for this module in GGUF",
-                file=adapter.path,
-                tensor=pair.key,
-            )
-        places[module] = Place(f"{found[0]}.weight", found[1])
+        name, rule = place_in_gguf(architecture, pair, adapter.path)
+        places[module] = Place(f"{name}.weight", rule)
     heads = needed_heads(model, places)
     for module, pair in adapter.pairs.items():
         _check_rows(places[module].rule, pair, heads, model)

@@ -9,9 +9,8 @@ from converters.inspection.adapters import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, PI
 from converters.inspection.checkpoint import inspect_checkpoint
 from converters.inspection.gguf import inspect_gguf
 from converters.inspection.record import Inspection
-from converters.paths import existing, starts_with
+from converters.paths import existing, is_gguf
 
-_GGUF = b"GGUF"
 _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -44,7 +43,7 @@ def _directory(path: Path) -> Inspection:
 
 
 def _file(path: Path) -> Inspection:
-    if path.suffix.lower() == ".gguf" or starts_with(path, _GGUF):
+    if is_gguf(path):
         return inspect_gguf(path)
     if path.name == PEFT_WEIGHTS:
         return inspect_peft(path.parent)

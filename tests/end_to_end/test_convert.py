@@ -318,3 +318,14 @@ def test_a_header_without_tensors_or_heads_will_do(architecture: str, tmp_path: 
             assert told["exit"] == 3 and "head_count" in told["error"]["message"]
         else:
             assert told["exit"] == 0
+
+
+def test_a_class_of_a_megabyte_names_nothing(tmp_path: Path) -> None:
+    """Where config.json is all there is of the model."""
+    source = save_adapter(tmp_path / "adapter", pairs(SIZES.modules(), 3), adapter_config())
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({**SETTINGS, "architectures": ["x" * 10**6]}))
+    told = run(source, "--out", tmp_path / "out.gguf", "--base", model)
+    assert (told["exit"], told["error"]["kind"]) == (3, "format")
+    assert len(told["error"]["message"]) < 1000
