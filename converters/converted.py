@@ -216,6 +216,18 @@ class ConvertedAdapter:
     def notes(self) -> tuple[str, ...]:
         return self._adapter.notes
 
+    @property
+    def losses(self) -> tuple[str, ...]:
+        return self._adapter.losses
+
+    @property
+    def magnitudes(self) -> Mapping[str, str]:
+        assert not self._adapter.magnitudes, "a DoRA adapter becomes nearest pairs before its layout changes"
+        return {}
+
+    def load_magnitude(self, module: str) -> torch.Tensor:
+        raise KeyError(module)
+
     def rule_of(self, module: str) -> Rule:
         """What brought a pair into this layout; its inverse leads back."""
         return self._places[module][1]

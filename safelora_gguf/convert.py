@@ -11,7 +11,6 @@ import torch
 
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.adapters.output import AdapterOutput, Origin
-from converters.adapters.peft import PeftAdapter
 from converters.adapters.plan import plan_output
 from converters.adapters.storing import Rounding
 from converters.checkpoint import Checkpoint, open_checkpoint
@@ -123,7 +122,7 @@ def convert_adapter(
     adapter = open_adapter(source, dora=True)
     model = model_of(adapter, base)
     inputs = [InputReport.of("adapter", adapter)]
-    if isinstance(adapter, PeftAdapter) and adapter.magnitudes:
+    if adapter.magnitudes:
         model = _with_weights(model, adapter)
         inputs.append(InputReport.of("base", model))
         adapter = _without_dora(adapter, model, rank)
@@ -138,12 +137,12 @@ def convert_adapter(
         modules=tuple(_module(pair, output, (roundings or {}).get(name)) for name, pair in adapter.pairs.items()),
         inputs=tuple(inputs),
         output=None if roundings is None else OutputReport.of(output.target, output.tensor_file),
-        notes=(*adapter.notes, *_folded(adapter, output), *_rounded(roundings or {}, output, outtype)),
+        notes=(*adapter.losses, *adapter.notes, *_folded(adapter, output), *_rounded(roundings or {}, output, outtype)),
         planned_output=(str(output.target), output.planned_bytes()),
     )
 
 
-def _with_weights(model: ModelDescription, adapter: PeftAdapter) -> Checkpoint:
+def _with_weights(model: ModelDescription, adapter: LoraAdapter) -> Checkpoint:
     """The base with its weights, where it was named by its config.json or its directory."""
     if isinstance(model, ConfiguredModel):  # opening it again says what is missing or damaged
         model = open_checkpoint(model.described_by.parent if model.path == model.described_by else model.path)
@@ -155,7 +154,7 @@ def _with_weights(model: ModelDescription, adapter: PeftAdapter) -> Checkpoint:
     return model
 
 
-def _without_dora(adapter: PeftAdapter, model: Checkpoint, rank: int | None) -> NearestPairs:
+def _without_dora(adapter: LoraAdapter, model: Checkpoint, rank: int | None) -> NearestPairs:
     if rank is not None and rank < 1:
         raise UsageError(f"rank is {rank}, expected at least 1")
     with exact_float32(), torch.inference_mode():

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import torch
 
-from converters.adapters.lora import LoraPair
-from converters.adapters.peft import PeftAdapter
+from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.errors import FormatError, MismatchError, UsageError
 from converters.models import Layout, Model
 from converters.names import canonical
@@ -58,7 +57,7 @@ class NearestPairs:
     """A DoRA adapter as plain pairs (a `LoraAdapter`), computed when it is made and held in memory.
 
     Attributes:
-        notes: what was lost in every module.
+        losses: how far every module's pair is off.
     """
 
     format = "peft"
@@ -66,8 +65,9 @@ class NearestPairs:
     architecture: str | None = None
     peft_config: bytes | None = None  # the adapter's own says DoRA
     frozen_tables: Mapping[str, str] = {}
+    magnitudes: Mapping[str, str] = {}
 
-    def __init__(self, adapter: PeftAdapter, model: Model, rank: int | None) -> None:
+    def __init__(self, adapter: LoraAdapter, model: Model, rank: int | None) -> None:
         """Computes every module's pair from the model's weights.
 
         Args:
@@ -82,14 +82,15 @@ class NearestPairs:
         names = {canonical(name).removesuffix(".weight"): name for name in model.infos}
         self._pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.pairs: dict[str, LoraPair] = {}
-        notes = []
+        errors = []
         for module, pair in adapter.pairs.items():
             delta = _delta(adapter, module, model, names.get(module), rank)
             a, b, error = nearest_pair(delta, rank) if delta.any() else (*_nothing(pair), 0.0)
             self._pairs[module] = a, b
             self.pairs[module] = replace(pair, rank=len(a), scaling=1.0)
-            notes.append(f"{pair.key}: DoRA as a pair of rank {len(a)} is off by {error:.2%} of its update")
-        self.notes = (*adapter.notes, *notes)
+            errors.append(f"{pair.key}: DoRA as a pair of rank {len(a)} is off by {error:.2%} of its update")
+        self.notes = adapter.notes
+        self.losses = (*adapter.losses, *errors)
 
     @property
     def path(self) -> Path:
@@ -119,6 +120,9 @@ class NearestPairs:
     def load_frozen_table(self, module: str) -> torch.Tensor:
         raise KeyError(module)
 
+    def load_magnitude(self, module: str) -> torch.Tensor:
+        raise KeyError(module)
+
     def load(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self._pairs[module]
 
@@ -130,7 +134,7 @@ def _nothing(pair: LoraPair) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(1, pair.shape[1]), torch.zeros(pair.shape[0], 1)
 
 
-def _delta(adapter: PeftAdapter, module: str, model: Model, tensor: str | None, rank: int | None) -> torch.Tensor:
+def _delta(adapter: LoraAdapter, module: str, model: Model, tensor: str | None, rank: int | None) -> torch.Tensor:
     pair = adapter.pairs[module]
     if tensor is None or model.infos[tensor].shape != pair.shape:
         found = "no weight" if tensor is None else f"a weight of {list(model.infos[tensor].shape)}"

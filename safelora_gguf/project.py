@@ -226,7 +226,7 @@ class _Run:
     def _notes(
         self, scores: Mapping[str, Score], chosen: Collection[str], roundings: Mapping[str, Rounding]
     ) -> tuple[str, ...]:
-        notes = [*self.adapter.notes, *noise_notes(scores)]
+        notes = [*self.adapter.losses, *self.adapter.notes, *noise_notes(scores)]
         for triple in self.triples:
             module, name = triple.pair.module, self._label(triple)
             if module in scores:

@@ -31,6 +31,8 @@ class GgufAdapter:
     layout: Layout = "gguf"
     peft_config: bytes | None = None
     frozen_tables: Mapping[str, str] = {}
+    magnitudes: Mapping[str, str] = {}
+    losses: tuple[str, ...] = ()
 
     def __init__(self, header: GgufHeader) -> None:
         self.header = header
@@ -79,6 +81,9 @@ class GgufAdapter:
         return tuple(self.header.value("adapter.alora.invocation_tokens") or ())
 
     def load_frozen_table(self, module: str) -> torch.Tensor:
+        raise KeyError(module)
+
+    def load_magnitude(self, module: str) -> torch.Tensor:
         raise KeyError(module)
 
     def load(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class LoraPair:
     """One adapted weight, as headers and configuration describe it.
 
-    The delta of a weight W (out, in) is scaling * B @ A with A (r, in) and B (out, r). For an embedding
-    table W (vocabulary, width) it is scaling * (B @ A).T, with A (r, vocabulary) and B (width, r).
+    The delta of a weight W (out, in) is scaling * B @ A with A (r, in) and B (out, r), whichever way round a file
+    stores the weight. For an embedding table W (vocabulary, width) it is scaling * (B @ A).T, with A (r, vocabulary)
+    and B (width, r).
 
     Attributes:
         module: the adapted module's name in the adapter's layout, without `.weight`; one expert of a stack is
@@ -99,6 +100,17 @@ class LoraAdapter(Protocol):
     @property
     def notes(self) -> tuple[str, ...]:
         """What it holds beside the pairs, and what becomes of that; a sentence each."""
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """What belongs to its update and is not, or not exactly, in its pairs; a sentence each, with the way out."""
+
+    @property
+    def magnitudes(self) -> Mapping[str, str]:
+        """DoRA's row lengths, tensor names by module: its pairs alone are not its update. Empty for others."""
+
+    def load_magnitude(self, module: str) -> torch.Tensor:
+        """DoRA's row lengths (out,) of one module."""
 
     def load_frozen_table(self, module: str) -> torch.Tensor:
         """One of `frozen_tables`."""

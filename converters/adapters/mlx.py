@@ -52,6 +52,8 @@ class MlxAdapter:
     invocation_tokens: tuple[int, ...] = ()
     peft_config: bytes | None = None
     notes: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
+    magnitudes: Mapping[str, str] = {}
 
     def __init__(self, path: Path, config_bytes: bytes, config: MlxConfig, file: SafetensorsFile) -> None:
         self.path = path
@@ -81,6 +83,9 @@ class MlxAdapter:
 
     def load_frozen_table(self, module: str) -> torch.Tensor:
         """None is ever saved along: `frozen_tables` is empty."""
+        raise KeyError(module)
+
+    def load_magnitude(self, module: str) -> torch.Tensor:
         raise KeyError(module)
 
     def load(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:

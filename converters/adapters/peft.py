@@ -55,6 +55,7 @@ class PeftAdapter:
     layout: Layout = "hugging_face"
     architecture: str | None = None
     notes: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
 
     def __init__(self, path: Path, config_bytes: bytes, config: PeftConfig, file: SafetensorsFile) -> None:
         self.path = path
@@ -66,7 +67,7 @@ class PeftAdapter:
         meanings = config.meanings([keys.module for keys in self._keys.values()])
         pairs = {module: self._pair(module, keys, meanings[keys.module]) for module, keys in self._keys.items()}
         self.pairs: Mapping[str, LoraPair] = {name: pairs[name] for name in sorted(pairs, key=natural_order)}
-        self.magnitudes = _magnitudes(file, self.pairs) if config.use_dora else {}
+        self.magnitudes: Mapping[str, str] = _magnitudes(file, self.pairs) if config.use_dora else {}
 
     @property
     def lora_alpha(self) -> float:
