@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from converters.architectures import HeadCounts
 from converters.errors import FileMissingError, FormatError, UnsupportedError
 from converters.fingerprint import fingerprint
-from converters.model_config import class_of, heads_of, repositories_of
+from converters.model_config import class_of, experts_of, heads_of, repositories_of, width_of
 from converters.models import Layout
 from converters.paths import existing, is_there, read_json_object
 from converters.safetensors_file import SafetensorsFile
@@ -76,6 +76,14 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         return fingerprint(self.files)
+
+    @property
+    def experts(self) -> int:
+        return experts_of(self.config)
+
+    @property
+    def width(self) -> int | None:
+        return width_of(self.config)
 
     def heads(self) -> HeadCounts:
         return heads_of(self.config, self.config_file)

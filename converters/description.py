@@ -10,7 +10,7 @@ from converters.architectures import HeadCounts
 from converters.checkpoint import open_checkpoint
 from converters.errors import FileMissingError, InputError, UnsupportedError
 from converters.gguf_model import open_gguf_model
-from converters.model_config import class_of, heads_of, repositories_of
+from converters.model_config import class_of, experts_of, heads_of, repositories_of, width_of
 from converters.models import Layout, ModelDescription
 from converters.paths import existing, is_gguf, read_json_object
 
@@ -50,6 +50,14 @@ class ConfiguredModel:
     def sources(self) -> tuple[Path, ...]:
         return (self.described_by,)
 
+    @property
+    def experts(self) -> int:
+        return experts_of(self._config)
+
+    @property
+    def width(self) -> int | None:
+        return width_of(self._config)
+
     def heads(self) -> HeadCounts:
         return heads_of(self._config, self.described_by)
 
@@ -61,11 +69,13 @@ class UnnamedModel:
     model_class: str | None = None
     tied_embeddings = False
     repositories: tuple[str, ...] = ()
+    width: int | None = None
 
     def __init__(self, adapter: LoraAdapter, architecture: str) -> None:
         self.path = self.described_by = adapter.path
         self.sources = (adapter.tensor_file,)
         self.architecture = architecture
+        self.experts = max((pair.expert + 1 for pair in adapter.pairs.values() if pair.expert is not None), default=0)
 
     def heads(self) -> HeadCounts:
         """Raises UnsupportedError: they are not known."""

@@ -91,9 +91,19 @@ class GgufModel:
         found = (published_as(self.headers[0], key) for key in ("general.repo_url", "general.source.url"))
         return tuple(name for name in found if name is not None)
 
+    @property
+    def experts(self) -> int:
+        return self._number("expert_count") or 0
+
+    @property
+    def width(self) -> int | None:
+        return self._number("embedding_length")
+
     def heads(self) -> HeadCounts:
         query = self._count("head_count")
-        return HeadCounts(query, self._count("head_count_kv", query))
+        whole, rotated = self._number("attention.key_length_mla"), self._number("rope.dimension_count")
+        latent_key = whole - rotated if whole and rotated else 0
+        return HeadCounts(query, self._count("head_count_kv", query), latent_key)
 
     def check_type(self, name: str) -> None:
         if self.infos[name].dtype == "NVFP4" and f"{name.removesuffix('.weight')}.scale" in self.infos:
@@ -111,6 +121,10 @@ class GgufModel:
 
     def fingerprint(self) -> str:
         return fingerprint_gguf(*self.headers)
+
+    def _number(self, what: str) -> int | None:
+        value = self.headers[0].value(f"{self.architecture}.{what}")
+        return value if type(value) is int and value > 0 else None
 
     def _count(self, what: str, default: int | None = None) -> int:
         """A number of heads; some architectures give one for each layer, which must then be the same."""

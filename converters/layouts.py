@@ -1,27 +1,36 @@
 """One layout per run: Hugging Face's or GGUF's tensor names and row order.
 
 Inputs of one format are used as they are, so that no architecture needs a table. As soon as they mix, whatever is in
-Hugging Face's layout is seen through the architecture's table as GGUF (see `converters.converted`).
+Hugging Face's layout is seen through the architecture's table as GGUF (see `converters.converted_model` and
+`converters.adapters.converted`). So are adapters of a mixture's experts, which have several names and shapes there.
 """
 
 from __future__ import annotations
 
+from converters.adapters.converted import ConvertedAdapter, needs_table
 from converters.adapters.lora import LoraAdapter
 from converters.architectures import Architecture, HeadCounts, architecture_of, find_architecture
-from converters.converted import Bridge, ConvertedAdapter, ConvertedModel
+from converters.bridge import Bridge
+from converters.converted_model import ConvertedModel
 from converters.errors import Error, MismatchError
 from converters.models import Model, ModelDescription
 
 
-def common_layout(base: Model, aligned: Model, adapter: LoraAdapter) -> tuple[Model, Model, LoraAdapter]:
+def common_layout(
+    base: Model, aligned: Model, adapter: LoraAdapter, *, to_gguf: bool
+) -> tuple[Model, Model, LoraAdapter]:
     """The three in one layout: untouched where they share one, in GGUF's otherwise.
+
+    Args:
+        to_gguf: whether the adapter will be written as GGUF.
 
     Raises:
         UnsupportedError: formats mix, and the architecture has no table, or no place for a module.
         MismatchError: they are of different architectures, or their heads differ.
         FormatError: the heads can't be told.
     """
-    if len({base.layout, aligned.layout, adapter.layout}) == 1:
+    alike = len({base.layout, aligned.layout, adapter.layout}) == 1
+    if alike and not needs_table(adapter, find_table(aligned), to_gguf=to_gguf):
         return base, aligned, adapter
     bridge = _bridge(base, aligned, adapter)
     return _seen(base, bridge), _seen(aligned, bridge), _seen_adapter(adapter, bridge)
@@ -37,7 +46,23 @@ def _bridge(base: Model, aligned: Model, adapter: LoraAdapter) -> Bridge:
             file=aligned.path,
         )
     check_heads(base, aligned)
-    return Bridge(tables[1], aligned.heads())
+    return Bridge.of(tables[1], aligned)
+
+
+def written_layout(adapter: LoraAdapter, model: ModelDescription, *, to_gguf: bool) -> LoraAdapter:
+    """The adapter as GGUF would have it if it is for experts of a mixture; otherwise as it is.
+
+    Args:
+        to_gguf: whether it will be written as GGUF.
+
+    Raises:
+        UnsupportedError: the architecture has no table, or no place for a module.
+        MismatchError: experts that the model hasn't. FormatError: the heads can't be told.
+    """
+    if not needs_table(adapter, find_table(model), to_gguf=to_gguf):
+        return adapter
+    remedy = "Adapters that have a module for every expert can be written as PEFT directories for any architecture"
+    return ConvertedAdapter(adapter, Bridge.of(table_of(model, remedy), model))
 
 
 def check_heads(base: Model, aligned: Model) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from converters.architectures import HeadCounts
 from converters.errors import FormatError
 
 _LONGEST_CLASS = 200
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_WIDTH = ("hidden_size", "n_embd", "d_model")
 
 
 def class_of(config: Mapping[str, Any], file: Path) -> str:
@@ -39,6 +41,26 @@ def heads_of(config: Mapping[str, Any], file: Path) -> HeadCounts:
         return HeadCounts.from_config(config)
     except FormatError as error:
         raise FormatError(error.message, file=file) from None
+
+
+def experts_of(config: Mapping[str, Any]) -> int:
+    """How many experts each mixture has; 0 where config.json names none, or no sensible number."""
+    return _first_count(config, _EXPERTS) or 0
+
+
+def width_of(config: Mapping[str, Any]) -> int | None:
+    """The size of the hidden states; None where config.json doesn't say."""
+    return _first_count(config, _WIDTH)
+
+
+def _first_count(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
+    inner = config.get("text_config")
+    for table in (inner, config) if isinstance(inner, dict) else (config,):
+        for key in keys:
+            value = table.get(key)
+            if type(value) is int and 0 < value < 1 << 24:
+                return value
+    return None
 
 
 def repositories_of(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -54,6 +54,14 @@ class ModelDescription(Protocol):
     def repositories(self) -> tuple[str, ...]:
         """What it says it was published as; unchecked text."""
 
+    @property
+    def experts(self) -> int:
+        """How many matrices each of its stacks of experts has; 0 where it is dense or doesn't say."""
+
+    @property
+    def width(self) -> int | None:
+        """The size of its hidden states, where it says."""
+
     def heads(self) -> HeadCounts:
         """Its attention heads.
 

@@ -44,4 +44,4 @@ def open_adapter(path: str | Path, *, dora: bool = False) -> LoraAdapter:
         return open_gguf_adapter(found)
     if found.is_file():
         raise FileMissingError("is a file, expected a directory with adapter_config.json or a .gguf file", file=found)
-    return open_mlx(found) if is_mlx(found) else open_peft(found, dora=dora)
+    return open_mlx(found, dora=dora) if is_mlx(found) else open_peft(found, dora=dora)

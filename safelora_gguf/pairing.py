@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from converters.adapters.gguf import GgufAdapter
 from converters.adapters.lora import LoraAdapter, LoraPair
+from converters.converted_model import ConvertedModel
 from converters.errors import FormatError, MismatchError, UnsupportedError
 from converters.layouts import check_heads
 from converters.models import Model
@@ -62,13 +64,15 @@ def pair_up(base: Model, aligned: Model, adapter: LoraAdapter) -> list[Triple]:
 
 def check_adapted(model: Model, adapter: LoraAdapter) -> None:
     """That a model has every adapted weight in the adapter's shape; both in one layout. Weights in a packed form, or
-    under names of their own (bitsandbytes, GPTQ), are passed over.
+    under names of their own (bitsandbytes, GPTQ, MXFP4), are passed over.
 
     Raises:
         MismatchError: the adapter is for another model. UnsupportedError: it adapts a tied head, or new tokens.
     """
     names, stacks = _by_module(model), _stacks(adapter)
     packed = {name.rpartition(".")[0] for name in map(canonical, model.infos)}
+    if isinstance(model, ConvertedModel):
+        packed = model.packed_modules()
     _all_there(model, adapter, {*names, *packed})
     for pair in adapter.pairs.values():
         if pair.weight in names and _is_readable(model, names[pair.weight]):
@@ -162,7 +166,10 @@ def _stacks(adapter: LoraAdapter) -> Mapping[str, int]:
 
 
 def _fits(pair: LoraPair, model: Model, tensor: str, adapter: LoraAdapter, experts: int | None) -> None:
+    """`experts` is how many the adapter has of the pair's stack. GGUF's own files have them all, others may not."""
     shape = model.infos[tensor].shape
+    if experts is not None and not isinstance(adapter, GgufAdapter) and pair.expert in range(shape[0]):
+        experts = shape[0]
     expected = pair.shape if experts is None else (experts, *pair.shape)
     if len(shape) < 2:
         found = f"has the shape {list(shape)}, expected a matrix"

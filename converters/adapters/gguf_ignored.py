@@ -7,8 +7,9 @@ build_lora_mm. Norms, biases and other vectors are never multiplied by a matrix 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 
-_MLA = "attn_q_a attn_q_b attn_q attn_kv_a_mqa attn_k_b attn_kv_b output"
+_MLA = "attn_q_a attn_q_b attn_q attn_kv_a_mqa attn_k_b attn_v_b attn_kv_b output"
 _IGNORED = {
     "deepseek2": _MLA,
     "deepseek2-ocr": "output",
@@ -24,6 +25,15 @@ _IGNORED = {
 }
 _IGNORED_SETS = {architecture: frozenset(names.split()) for architecture, names in _IGNORED.items()}
 _BLOCK = re.compile(r"blk\.\d+\.")
+
+
+def ignored_kinds(architecture: str | None, names: Sequence[str]) -> Mapping[str, Sequence[str]]:
+    """The weights among `names` whose pairs llama.cpp leaves out, by kind: `attn_q`."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if ignored(architecture, name):
+            found.setdefault(_BLOCK.sub("", name, count=1).removesuffix(".weight"), []).append(name)
+    return found
 
 
 def ignored(architecture: str | None, name: str) -> bool:

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.adapters.card import card_of
+from converters.adapters.converted import places_in_gguf
 from converters.adapters.gguf import GgufAdapter
+from converters.adapters.gguf_ignored import ignored_kinds
 from converters.adapters.lora import LoraAdapter, LoraPair
-from converters.adapters.output import Fact, LoadPair, Origin, Place, names_of, needed_heads, pair_out
-from converters.adapters.storing import PairOut, Rounding, round_pair
+from converters.adapters.naming import base_names, finetune_of, whole_finetune
+from converters.adapters.output import Fact, LoadPair, Origin, Place, needed_heads, pair_out
+from converters.adapters.storing import PairOut, Rounding, of_rank, round_pair, zeros_like
 from converters.architectures import HeadCounts, Rule, find_architecture
 from converters.atomic import atomic_file, check_target
-from converters.converted import place_in_gguf
 from converters.errors import Error, UnsupportedError
 from converters.ggml import QType, nbytes
 from converters.gguf_file import TensorOut, Value, float32, text, texts, uint32, uint32s, write_gguf
-from converters.identity import ModelIdentity, identify, plain_name
+from converters.identity import ModelIdentity, identify
 from converters.layouts import table_of
 from converters.models import ModelDescription
 
@@ -116,27 +118,37 @@ class GgufOutput:
         self._qtype, self._adapter, self._model, self._force = qtype, adapter, model, force
         self._architecture, self._heads, self._places = _places(adapter, model)
         table = find_architecture(self._architecture)
-        headless = table is not None and table.to_gguf("lm_head") is None  # GGUF has one matrix for both ends
+        headless = table is not None and not table.to_gguf("lm_head")  # GGUF has one matrix for both ends
         for module, pair in adapter.pairs.items():
             self._check(self._places[module].name, pair, tied=headless or model.tied_embeddings)
         # GGUF keeps one alpha, and reads 0 as "none": then B takes the whole scaling (which is 0).
         self._alpha = adapter.lora_alpha or 1.0
 
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Pairs that llama.cpp loads and never applies; they are written, so that nothing is gone on the way back."""
+        kinds = ignored_kinds(self._architecture, [place.name for place in self._places.values()])
+        return tuple(
+            f"llama.cpp loads and does not apply the pairs on {kind} ({len(names)}, the first on {names[0]}): merge "
+            f"the adapter into the model"
+            for kind, names in kinds.items()
+        )
+
     def name_of(self, module: str) -> str | None:
         return self._places[module].name
 
     def planned_bytes(self) -> int:
-        pairs = (self._pair(module, None) for module in self._places)
         return sum(
             nbytes(shape, kind)
-            for pair in pairs
+            for _, pair in self._matrices(None)
             for shape, kind in zip((pair.stored_a_shape, pair.b_shape), pair.types(self._qtype), strict=True)
         )
 
     def write(self, load: LoadPair, origin: Origin) -> Mapping[str, Rounding]:
+        matrices = self._matrices(load)
         roundings = write_gguf_adapter(
             self.target,
-            [self._pair(module, load) for module in self._places],
+            [pair for _, pair in matrices],
             architecture=self._architecture,
             alpha=self._alpha,
             qtype=self._qtype,
@@ -144,7 +156,8 @@ class GgufOutput:
             invocation_tokens=self._adapter.invocation_tokens,
             force=self._force,
         )
-        return dict(zip(self._places, roundings, strict=True))
+        found = zip(matrices, roundings, strict=True)
+        return {module: rounding for (module, _), rounding in found if module is not None}
 
     def _check(self, name: str, pair: LoraPair, *, tied: bool) -> None:
         if "norm" in name:
@@ -157,10 +170,30 @@ class GgufOutput:
                 tensor=pair.key,
             )
 
-    def _pair(self, module: str, load: LoadPair | None) -> PairOut:
+    def _matrices(self, load: LoadPair | None) -> list[tuple[str | None, PairOut]]:
+        """Every matrix in the file's order and the module behind it; None behind an expert that has no pair."""
+        stacks: dict[str, list[str]] = {}
+        for module, place in self._places.items():
+            stacks.setdefault(place.name, []).append(module)
+        return [matrix for modules in stacks.values() for matrix in self._stack(modules, load)]
+
+    def _stack(self, modules: Sequence[str], load: LoadPair | None) -> list[tuple[str | None, PairOut]]:
+        """The matrices of one tensor: one, or every expert's. llama.cpp wants all experts, and one rank for them."""
+        pairs = [self._adapter.pairs[module] for module in modules]
+        rank = max(pair.rank for pair in pairs)
+        if pairs[0].expert is None:
+            return [(modules[0], self._pair(modules[0], rank, load))]
+        known = {pair.expert: pair.module for pair in pairs}
+        nothing = zeros_like(self._pair(modules[0], rank, load))
+        count = max(self._model.experts, 1 + max(pair.expert or 0 for pair in pairs))
+        owners = [known.get(number) for number in range(count)]
+        return [(owner, nothing if owner is None else self._pair(owner, rank, load)) for owner in owners]
+
+    def _pair(self, module: str, rank: int, load: LoadPair | None) -> PairOut:
+        """A pair with its scaling folded in, of the rank that its tensor has."""
         pair = self._adapter.pairs[module]
-        plain = pair_out(pair, self._places[module], load, self._adapter, self._heads)
-        factor = folding_factor(pair.scaling, pair.rank, self._alpha)
+        plain = of_rank(pair_out(pair, self._places[module], load, self._adapter, self._heads), rank)
+        factor = folding_factor(pair.scaling, rank, self._alpha)
 
         def load_folded() -> tuple[torch.Tensor, torch.Tensor]:
             a, b = plain.load()
@@ -170,35 +203,45 @@ class GgufOutput:
 
     def _metadata(self, origin: Origin) -> list[tuple[str, Value]]:
         card = card_of(self._adapter)
-        base = identify((*names_of(self._adapter, self._model), *card.base_models), self._model.path)
-        finetune = plain_name(self._adapter.path)
-        entries = [
-            ("general.name", text(f"{base.name} {finetune}" + (f" ({origin.title})" if origin.title else ""))),
-            ("general.finetune", text(finetune)),
-            ("general.description", text(origin.description)),
+        base = base_names(self._adapter, self._model)
+        own = finetune_of(self._adapter, base)
+        name = card.name or f"{base.models[0].name} {own}".rstrip()
+        described = f"{card.description.rstrip(' .')}. " if card.description else ""
+        told = {
+            "name": f"{name} ({origin.title})" if origin.title else name,
+            "author": card.author,
+            "finetune": whole_finetune(base, own),
+            "basename": base.parts.basename,
+            "size_label": base.parts.size_label,
+            "description": f"{described}{origin.description}",
+            "license": card.license,
+            "license.name": card.license_name,
+            "license.link": card.license_link,
+        }
+        entries = [(f"general.{key}", text(value)) for key, value in told.items() if value]
+        entries += [
             ("general.file_type", uint32(_FILE_TYPES[self._qtype])),
-            *([("general.license", text(card.license))] if card.license else []),
             ("general.tags", texts(tuple(dict.fromkeys((*origin.tags, *card.tags))))),
             *([("general.languages", texts(card.languages))] if card.languages else []),
-            ("general.base_model.count", uint32(1)),
-            *_published("general.base_model.0", base),
+            *_listed("general.base_model", base.models),
+            *_listed("general.dataset", [identify(name) for name in card.datasets], "datasets/"),
         ]
-        if card.datasets:
-            entries.append(("general.dataset.count", uint32(len(card.datasets))))
-            for place, name in enumerate(card.datasets):
-                entries += _published(f"general.dataset.{place}", identify((name,), Path(name)), "datasets/")
         if self._qtype == QType.Q8_0:
             entries.append(("general.quantization_version", uint32(2)))
         return entries + [(key, _as_value(value)) for key, value in origin.facts.items()]
 
 
-def _published(key: str, what: ModelIdentity, kind: str = "") -> list[tuple[str, Value]]:
-    """Name, and where it is published if that is known; `kind` is the hub's word for what is no model."""
-    entries = [(f"{key}.name", text(what.name))]
-    if what.organization is not None:
-        entries.append((f"{key}.organization", text(what.organization)))
-        url = f"https://huggingface.co/{kind}{what.organization}/{what.name}"
-        entries.append((f"{key}.repo_url", text(url)))
+def _listed(key: str, identities: Sequence[ModelIdentity], kind: str = "") -> list[tuple[str, Value]]:
+    """A count, and of each its name and where it is published if that is known; none where there are none.
+
+    Args:
+        kind: the hub's word for what is no model.
+    """
+    entries = [(f"{key}.count", uint32(len(identities)))] if identities else []
+    for place, what in enumerate(identities):
+        url = f"https://huggingface.co/{kind}{what.organization}/{what.name}" if what.organization else what.url
+        told = {"name": what.name, "organization": what.organization, "repo_url": url}
+        entries += [(f"{key}.{place}.{part}", text(value)) for part, value in told.items() if value]
     return entries
 
 
@@ -215,9 +258,9 @@ def _places(adapter: LoraAdapter, model: ModelDescription) -> tuple[str, HeadCou
     architecture = table_of(model, _REMEDY)
     places = {}
     for module, pair in adapter.pairs.items():
-        name, rule = place_in_gguf(architecture, pair, adapter.path)
-        places[module] = Place(f"{name}.weight", rule)
-    heads = needed_heads(model, places)
+        (found,) = places_in_gguf(architecture, pair, adapter.path)  # see `layouts.written_layout`
+        places[module] = Place(f"{found.name}.weight", found.rule)
+    heads = needed_heads(model, places.values())
     for module, pair in adapter.pairs.items():
         _check_rows(places[module].rule, pair, heads, model)
     return architecture.name, heads, places
@@ -227,7 +270,7 @@ def _check_rows(rule: Rule | None, pair: LoraPair, heads: HeadCounts | None, mod
     if rule is None or heads is None:
         return
     try:
-        rule.check_rows(pair.shape, heads)
+        rule.pair_shape(pair.shape, heads)
     except Error as error:
         raise type(error)(error.message, file=model.described_by, tensor=pair.tensors[1]) from None
 

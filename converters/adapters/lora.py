@@ -110,7 +110,10 @@ class LoraAdapter(Protocol):
         """DoRA's row lengths, tensor names by module: its pairs alone are not its update. Empty for others."""
 
     def load_magnitude(self, module: str) -> torch.Tensor:
-        """DoRA's row lengths (out,) of one module."""
+        """DoRA's lengths for one module: (out,) of the rows of B @ A's weight, or (1, in) of its columns.
+
+        PEFT has one for every column of an embedding table, MLX one for every token; B @ A is the table's transpose.
+        """
 
     def load_frozen_table(self, module: str) -> torch.Tensor:
         """One of `frozen_tables`."""

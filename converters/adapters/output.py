@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -48,6 +48,10 @@ class AdapterOutput(Protocol):
     target: Path
     tensor_file: Path
 
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """What the format can't hold, or llama.cpp loads and does not apply; a sentence each, with the way out."""
+
     def name_of(self, module: str) -> str | None:
         """The module's tensor in GGUF, where its architecture is known."""
 
@@ -78,13 +82,13 @@ class Place:
         return self.rule.pair(a, b, heads)
 
 
-def needed_heads(model: ModelDescription, places: Mapping[str, Place]) -> HeadCounts | None:
+def needed_heads(model: ModelDescription, places: Iterable[Place]) -> HeadCounts | None:
     """The model's heads, if any rule depends on them; not every model says.
 
     Raises:
         FormatError, UnsupportedError: they are needed and can't be told.
     """
-    return model.heads() if any(place.rule and place.rule.transforms for place in places.values()) else None
+    return model.heads() if any(place.rule and place.rule.transforms for place in places) else None
 
 
 def pair_out(

@@ -22,11 +22,13 @@ class ConfigEntry:
     Attributes:
         module: its name in the model that PEFT adapts, `model.layers.0.self_attn.q_proj`.
         scaling: the true factor of B @ A.
+        parameter: whether PEFT adapts it as one of `target_parameters`; the name is then the parameter's.
     """
 
     module: str
     rank: int
     scaling: float
+    parameter: bool = False
 
 
 def peft_config_for(
@@ -59,10 +61,12 @@ def peft_config_for(
         "peft_type": "LORA",
         "r": r,
         "rank_pattern": rank_pattern,
-        "target_modules": modules,
+        "target_modules": [entry.module for entry in ordered if not entry.parameter],
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
     }
+    if any(entry.parameter for entry in ordered):
+        config["target_parameters"] = [entry.module for entry in ordered if entry.parameter]
     if invocation_tokens:
         config["alora_invocation_tokens"] = list(invocation_tokens)
     return (json.dumps(config, indent=2, allow_nan=False) + "\n").encode("ascii")

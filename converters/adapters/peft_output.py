@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from converters.adapters.card import card_of
-from converters.adapters.gguf import GgufAdapter
-from converters.adapters.lora import LoraAdapter, LoraPair
-from converters.adapters.output import Fact, LoadPair, Origin, Place, needed_heads, pair_out
+from converters.adapters.converted import ConvertedAdapter
+from converters.adapters.lora import LoraAdapter
+from converters.adapters.output import Fact, LoadPair, Origin, needed_heads
 from converters.adapters.peft import CONFIG, PREFIX, WEIGHTS
 from converters.adapters.peft_config_out import ConfigEntry, peft_config_for
+from converters.adapters.peft_places import PeftPair, peft_pairs
 from converters.adapters.storing import PairOut, Rounding, round_pair
-from converters.architectures import HeadCounts, architecture_of, find_architecture
+from converters.architectures import find_architecture
 from converters.atomic import atomic_directory, check_target
-from converters.converted import ConvertedAdapter
-from converters.errors import Error, UnsupportedError
+from converters.errors import UnsupportedError
 from converters.ggml import QType, nbytes
 from converters.identity import is_repository, plain_name
 from converters.models import ModelDescription
-from converters.names import canonical
 from converters.safetensors_file import write_safetensors
 from converters.tensors import TensorInfo
 
 CARD = "README.md"
-
-_REMEDY = "Writing a GGUF adapter (an --out that ends in .gguf) works for any architecture"
 
 
 def write_peft_adapter(
@@ -42,7 +42,8 @@ def write_peft_adapter(
     """Writes an adapter directory, whole or not at all: configuration, tensors and a card.
 
     Args:
-        pairs: named as PEFT modules, without the prefix `base_model.model.`.
+        pairs: named as PEFT modules, without the prefix `base_model.model.`; those of one name are the experts of one
+            parameter, in order and all of one shape.
         config: the bytes of adapter_config.json, whose scaling the pairs rely on.
         qtype: F32, F16 or BF16.
         metadata: free-form strings for the safetensors header.
@@ -53,30 +54,33 @@ def write_peft_adapter(
     Raises:
         OutputPathError, WriteError: see `converters.atomic`. UnsupportedError: see `round_pair`.
     """
-    infos, owners = [], {}
+    stacks: dict[str, list[PairOut]] = {}
     for pair in pairs:
-        for half, shape in (("A", pair.a_shape), ("B", pair.b_shape)):
-            key = _key(pair, half)
+        stacks.setdefault(pair.name, []).append(pair)
+    infos, owners = [], {}
+    for stack in stacks.values():
+        for half, shape in (("A", _a_shape(stack)), ("B", _b_shape(stack))):
+            key = _key(stack[0], half)
             infos.append(TensorInfo(key, shape, qtype.name, nbytes(shape, qtype)))
-            owners[key] = pair
-    report: dict[str, Rounding] = {}
+            owners[key] = stack
+    report: dict[str, list[Rounding]] = {}
     waiting: dict[str, bytes] = {}
 
     def give(key: str) -> list[bytes]:
         if key in waiting:
             return [waiting.pop(key)]
-        pair = owners[key]
-        rounded = round_pair(pair, qtype)
-        report[pair.name] = rounded.rounding
-        waiting[_key(pair, "B")] = rounded.b
-        return [rounded.a]
+        stack = owners[key]
+        rounded = [round_pair(pair, qtype) for pair in stack]
+        report[stack[0].name] = [pair.rounding for pair in rounded]
+        waiting[_key(stack[0], "B")] = _interleaved([pair.b for pair in rounded], stack[0].b_shape[0], qtype)
+        return [pair.a for pair in rounded]
 
     with atomic_directory(target, force=force) as directory:
         with (directory / WEIGHTS).open("wb") as file:
             write_safetensors(file, infos, give, {"format": "pt", **metadata})
         (directory / CONFIG).write_bytes(config)
         (directory / CARD).write_text(card, encoding="utf-8")
-    return [report[pair.name] for pair in pairs]
+    return [report[pair.name].pop(0) for pair in pairs]
 
 
 def _key(pair: PairOut, half: str) -> str:
@@ -85,95 +89,89 @@ def _key(pair: PairOut, half: str) -> str:
     return f"{PREFIX}{pair.name}.lora_{half}.weight"
 
 
+def _a_shape(stack: Sequence[PairOut]) -> tuple[int, int]:
+    """Experts one below the other."""
+    rank, columns = stack[0].a_shape
+    return len(stack) * rank, columns
+
+
+def _b_shape(stack: Sequence[PairOut]) -> tuple[int, int]:
+    """(out, r * experts), the experts' columns in turns."""
+    rows, rank = stack[0].b_shape
+    return rows, rank * len(stack)
+
+
+def _interleaved(matrices: Sequence[bytes], rows: int, qtype: QType) -> bytes:
+    """The bytes of every B (out, r) as those of one (out, r, experts)."""
+    if len(matrices) == 1:
+        return matrices[0]
+    size = nbytes((1,), qtype)
+    parts = [np.frombuffer(matrix, np.dtype((np.void, size))).reshape(rows, -1) for matrix in matrices]
+    return np.stack(parts, axis=-1).tobytes()
+
+
 class PeftOutput:
     """A PEFT directory, with the adapter's own configuration where it has one."""
+
+    losses: tuple[str, ...] = ()
 
     def __init__(self, out: Path, qtype: QType, adapter: LoraAdapter, model: ModelDescription, *, force: bool) -> None:
         check_target(out, force=force, directory=True)
         self.target, self.tensor_file = out, out / WEIGHTS
         self._qtype, self._adapter, self._force = qtype, adapter, force
         _refuse_split_ties(adapter, model)
-        self._heads, self._places = _places(adapter, model)
+        self._pairs = _completed(peft_pairs(adapter, model), model.experts)
+        parts = [part.place for pair in self._pairs for part in pair.parts]
+        self._heads = adapter.bridge.heads if isinstance(adapter, ConvertedAdapter) else needed_heads(model, parts)
         self._architecture = find_architecture(model.architecture)
 
     def name_of(self, module: str) -> str | None:
         if self._adapter.layout == "gguf":
-            pair = self._adapter.pairs[module]
-            return f"{pair.weight}.weight"
-        found = self._architecture.to_gguf(module) if self._architecture else None
-        return f"{found[0]}.weight" if found else None
+            return f"{self._adapter.pairs[module].weight}.weight"
+        found = self._architecture.to_gguf(module) if self._architecture else ()
+        return f"{found[0].name}.weight" if len(found) == 1 else None
 
     def planned_bytes(self) -> int:
-        elements = sum(pair.rank * sum(pair.shape) for pair in self._adapter.pairs.values())
+        elements = sum(pair.rank * sum(pair.shape) for pair in self._pairs)
         return elements * nbytes((1,), self._qtype)
 
     def write(self, load: LoadPair, origin: Origin) -> Mapping[str, Rounding]:
         adapter = self._adapter
-        pairs = [pair_out(pair, self._places[module], load, adapter, self._heads)
-                 for module, pair in adapter.pairs.items()]  # fmt: skip
         roundings = write_peft_adapter(
             self.target,
-            pairs,
+            [pair.out(load, adapter.tensor_file, self._heads) for pair in self._pairs],
             config=adapter.peft_config or self._config(),
             qtype=self._qtype,
             metadata={key: _as_text(value) for key, value in origin.facts.items()},
             card=_card(self.target, adapter, origin),
             force=self._force,
         )
-        return dict(zip(adapter.pairs, roundings, strict=True))
+        found = zip(self._pairs, roundings, strict=True)
+        return {part.module: rounding for pair, rounding in found for part in pair.parts}
 
     def _config(self) -> bytes:
-        entries = [
-            ConfigEntry(self._places[module].name, pair.rank, pair.scaling)
-            for module, pair in self._adapter.pairs.items()
-        ]
+        entries = {
+            pair.target: ConfigEntry(pair.target, pair.rank, pair.scaling, pair.parameter) for pair in self._pairs
+        }
         return peft_config_for(
-            entries, self._adapter.base_model_name, invocation_tokens=self._adapter.invocation_tokens
+            list(entries.values()), self._adapter.base_model_name, invocation_tokens=self._adapter.invocation_tokens
         )
 
 
-def _places(adapter: LoraAdapter, model: ModelDescription) -> tuple[HeadCounts | None, dict[str, Place]]:
-    """Every module's PEFT name and the way there, with the heads where rules need them.
-
-    Raises:
-        UnsupportedError: a GGUF adapter's architecture has no table, or no place for a module.
-        FormatError: heads that can't be told.
-    """
-    if isinstance(adapter, ConvertedAdapter):
-        there = {
-            module: Place(_peft_name(adapter, pair, model), adapter.rule_of(module).inverse())
-            for module, pair in adapter.pairs.items()
-        }
-        return adapter.bridge.heads, there
-    if not isinstance(adapter, GgufAdapter):
-        named = {module: Place(_peft_name(adapter, pair, model)) for module, pair in adapter.pairs.items()}
-        return None, named
-    try:
-        architecture = architecture_of(adapter.architecture, _REMEDY)
-    except Error as error:
-        raise type(error)(error.message, file=adapter.path) from None
-    places = {}
-    for module, pair in adapter.pairs.items():
-        found = architecture.to_hugging_face(module)
-        if found is None:
-            raise UnsupportedError(
-                f"the table of {architecture.name} has no Hugging Face name for this weight; write a .gguf",
-                file=adapter.path,
-                tensor=pair.key,
-            )
-        places[module] = Place(_as_peft_names(model, found[0]), found[1])
-    return needed_heads(model, places), places
-
-
-def _peft_name(adapter: LoraAdapter, pair: LoraPair, model: ModelDescription) -> str:
-    """An adapter's own name for the module where PEFT wrote it; else the one that PEFT finds in the model."""
-    return _as_peft_names(model, canonical(pair.key)) if adapter.peft_config is None else pair.key
-
-
-def _as_peft_names(model: ModelDescription, module: str) -> str:
-    """The module's name inside the model's class, which may wrap its text half."""
-    table = find_architecture(model.model_class or "")
-    return table.name_in(model.model_class or "", module) if table else module
+def _completed(pairs: Sequence[PeftPair], experts: int) -> list[PeftPair]:
+    """The pairs with every expert of a stack in order: those without one get a sum of nothing, which is zero."""
+    stacks: dict[str, list[PeftPair]] = {}
+    for pair in pairs:
+        stacks.setdefault(pair.name, []).append(pair)
+    found: list[PeftPair] = []
+    for stack in stacks.values():
+        if stack[0].expert is None:
+            found += stack
+            continue
+        known = {pair.expert: pair for pair in stack}
+        count = max(experts, 1 + max(pair.expert or 0 for pair in stack))
+        found += [known.get(number) or replace(stack[0], parts=(), expert=number) for number in range(count)]
+    return found
 
 
 def _refuse_split_ties(adapter: LoraAdapter, model: ModelDescription) -> None:

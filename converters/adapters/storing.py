@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,6 +48,24 @@ class PairOut:
         """The types of A and B: `qtype`, or F16 where rows are no whole number of its blocks."""
         a, b = (qtype if fits(shape, qtype) else QType.F16 for shape in (self.stored_a_shape, self.b_shape))
         return a, b
+
+
+def of_rank(pair: PairOut, rank: int) -> PairOut:
+    """The pair with zeros in A and B up to a rank that is no smaller: the same delta, in a stack of one rank."""
+    added = rank - pair.a_shape[0]
+    if added == 0:
+        return pair
+
+    def load() -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = pair.load()
+        return torch.nn.functional.pad(a, (0, 0, 0, added)), torch.nn.functional.pad(b, (0, added))
+
+    return replace(pair, a_shape=(rank, pair.a_shape[1]), b_shape=(pair.b_shape[0], rank), load=load)
+
+
+def zeros_like(pair: PairOut) -> PairOut:
+    """A pair of the same shapes that changes nothing, for an expert without one."""
+    return replace(pair, load=lambda: (torch.zeros(pair.a_shape), torch.zeros(pair.b_shape)))
 
 
 @dataclass(frozen=True)

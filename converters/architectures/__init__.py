@@ -6,6 +6,6 @@ One module per family, each a table entry; nothing here branches on a family's n
 
 from converters.architectures.heads import HeadCounts
 from converters.architectures.registry import KNOWN, architecture_of, find_architecture
-from converters.architectures.table import Architecture, Rule
+from converters.architectures.table import Architecture, Destination, Rule
 
-__all__ = ["KNOWN", "Architecture", "HeadCounts", "Rule", "architecture_of", "find_architecture"]
+__all__ = ["KNOWN", "Architecture", "Destination", "HeadCounts", "Rule", "architecture_of", "find_architecture"]

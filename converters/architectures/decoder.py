@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from converters.architectures.table import Rule
-from converters.architectures.transforms import PermuteHeads, Transform
+from converters.architectures.transforms import PermuteHeads, TakeRows, Transform
 
 _LAYER = "model.layers.{i}."
 _ATTENTION = _LAYER + "self_attn."
@@ -87,6 +87,47 @@ def fused_feed_forward() -> tuple[Rule, ...]:
         Rule(_MLP + "gate_up_proj", "blk.{i}.ffn_up"),
         Rule(_MLP + "down_proj", "blk.{i}.ffn_down"),
     )
+
+
+def experts(block: str, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> tuple[Rule, ...]:
+    """A mixture's experts by all the names that they go under.
+
+    Published checkpoints, and adapters from transformers 4, have a module for every expert. transformers 5 has two
+    parameters for all of them in memory, gate's rows before up's, and adapters of PEFT's `target_parameters` are
+    for these. mlx-lm has three modules.
+
+    Args:
+        block: the module around them, `model.layers.{i}.mlp`.
+        gate, up, down: the modules of one expert.
+    """
+    single = {gate: "gate", up: "up", down: "down"}
+    fused = (("gate_up_proj", "gate", (TakeRows("first"),)), ("gate_up_proj", "up", (TakeRows("second"),)),
+             ("down_proj", "down", ()))  # fmt: skip
+    return (
+        *(Rule(f"{block}.experts.{{e}}.{name}", f"blk.{{i}}.ffn_{kind}_exps", one_way=True)
+          for name, kind in single.items()),
+        *(Rule(f"{block}.experts.{name}", f"blk.{{i}}.ffn_{kind}_exps", transforms, bare="weight", stacked=True,
+               parameter=True) for name, kind, transforms in fused),
+        *switch_experts(f"{block}.switch_mlp"),
+    )  # fmt: skip
+
+
+def switch_experts(module: str) -> tuple[Rule, ...]:
+    """A mixture's experts in mlx-lm."""
+    kinds = ("gate", "up", "down")
+    return tuple(
+        Rule(f"{module}.{kind}_proj", f"blk.{{i}}.ffn_{kind}_exps", one_way=True, stacked=True) for kind in kinds
+    )
+
+
+def router(module: str, *, one_way: bool = False) -> Rule:
+    """What chooses the experts: in transformers 5 a class of its own."""
+    return Rule(module, "blk.{i}.ffn_gate_inp", one_way=one_way, parameter=True)
+
+
+def shared_expert(module: str) -> tuple[Rule, ...]:
+    """The feed-forward network beside the experts."""
+    return tuple(Rule(f"{module}.{kind}_proj", f"blk.{{i}}.ffn_{kind}_shexp") for kind in ("gate", "up", "down"))
 
 
 def norms(names: Mapping[str, str], *transforms: Transform) -> tuple[Rule, ...]:

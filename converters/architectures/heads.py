@@ -20,10 +20,15 @@ class HeadCounts:
     """The attention heads of one model, which head-wise transforms depend on.
 
     Their size is no part of it: it follows from the rows, and so may be more or less than hidden / heads.
+
+    Attributes:
+        query, key_value: how many. Where keys and values come from one latent vector (DeepSeek), llama.cpp counts one.
+        latent_key: there, a key's size without its rotated part; 0 for others.
     """
 
     query: int
     key_value: int
+    latent_key: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> HeadCounts:
@@ -35,13 +40,17 @@ class HeadCounts:
         table = _text_part(config)
         default_query, default_key_value = _DEFAULTS.get(str(table.get("model_type")), (None, None))
         query = _first(table, _QUERY, default_query)
-        key_value = 1 if _shares_one_key(table) else _first(table, _KEY_VALUE, default_key_value)
+        latent_key = _first(table, ("qk_nope_head_dim",), 0) if table.get("kv_lora_rank") else 0
+        key_value = 1 if latent_key or _shares_one_key(table) else _first(table, _KEY_VALUE, default_key_value)
         if key_value is None:
             key_value = query
         if not _is_count(query) or not _is_count(key_value):
             counts = f"{str(query)[:40]!r} attention heads and {str(key_value)[:40]!r} key-value heads"
             raise FormatError(f"config.json gives {counts}, expected whole numbers")
-        return cls(query, key_value)
+        if latent_key and not _is_count(latent_key):
+            found = f"config.json gives qk_nope_head_dim {str(latent_key)[:40]!r}, expected a whole number"
+            raise FormatError(found)
+        return cls(query, key_value, latent_key)
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,13 +1,15 @@
 """All table entries, and how one is found."""
 
 from converters.architectures.cohere import COHERE2, COMMAND_R
+from converters.architectures.deepseek import DEEPSEEK2
 from converters.architectures.falcon import FALCON
 from converters.architectures.gemma import GEMMA, GEMMA2, GEMMA3
 from converters.architectures.glm import GLM4
-from converters.architectures.llama import GRANITE, LLAMA, MISTRAL3, SMOLLM3
+from converters.architectures.gpt_oss import GPT_OSS
+from converters.architectures.llama import GRANITE, GRANITE_MOE, LLAMA, MISTRAL3, SMOLLM3
 from converters.architectures.olmo import OLMO2
 from converters.architectures.phi import PHI3
-from converters.architectures.qwen import QWEN2, QWEN3
+from converters.architectures.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from converters.architectures.stablelm import STABLELM
 from converters.architectures.table import Architecture
 from converters.errors import UnsupportedError
@@ -17,8 +19,11 @@ KNOWN: tuple[Architecture, ...] = (
     MISTRAL3,
     SMOLLM3,
     GRANITE,
+    GRANITE_MOE,
     QWEN2,
     QWEN3,
+    QWEN2_MOE,
+    QWEN3_MOE,
     GEMMA,
     GEMMA2,
     GEMMA3,
@@ -29,6 +34,8 @@ KNOWN: tuple[Architecture, ...] = (
     STABLELM,
     GLM4,
     FALCON,
+    GPT_OSS,
+    DEEPSEEK2,
 )
 
 _BY_NAME = {name: entry for entry in KNOWN for name in (entry.name, *entry.classes)}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from converters.architectures.heads import HeadCounts
 from converters.architectures.transforms import Transform
@@ -13,51 +15,99 @@ from converters.architectures.transforms import Transform
 if TYPE_CHECKING:
     import torch
 
-_LAYER = "{i}"
+_LAYER, _EXPERT = "{i}", "{e}"
+_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d{0,5})(?=\.)")
 _TEXT = "model."
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of module: its name in a checkpoint (source) and in GGUF (target), `{i}` standing for the layer.
+    """One kind of module: its name in a checkpoint (source) and in GGUF (target).
 
+    `{i}` stands for the layer, `{e}` for an expert that is a module of its own; GGUF has all experts in one stack.
     Names have no `.weight` or `.bias` at their end; that part is the same on both sides.
 
     Attributes:
         one_way: whether another rule leads back from the same target.
+        bare: where the source is a parameter without such an ending: the one that it has in GGUF.
+        stacked: whether the source holds the matrices of all experts in one tensor; transforms then are for each.
+        parameter: whether PEFT adapts it as a parameter (`target_parameters`), since it is no module, or a module of
+            a class of its own.
     """
 
     source: str
     target: str
     transforms: tuple[Transform, ...] = ()
     one_way: bool = False
+    bare: Literal["weight", "bias"] | None = None
+    stacked: bool = False
+    parameter: bool = False
 
     def inverse(self) -> Rule:
         """The rule that leads back."""
         undone = tuple(transform.inverse() for transform in reversed(self.transforms))
-        return Rule(self.target, self.source, undone)
+        return replace(self, source=self.target, target=self.source, transforms=undone)
+
+    def only_there(self) -> Rule:
+        """The rule, when another one leads back."""
+        return replace(self, one_way=True)
+
+    def as_parameter(self) -> Rule:
+        """The rule, where PEFT must be given the module's weight as a parameter."""
+        return replace(self, parameter=True)
 
     def weight(self, weight: torch.Tensor, heads: HeadCounts) -> torch.Tensor:
-        """A weight or bias, brought into the target's layout."""
+        """A weight (out, in) or bias (out,), brought into the target's layout."""
         for transform in self.transforms:
             weight = transform.weight(weight, heads)
         return weight
 
-    def check_rows(self, shape: tuple[int, ...], heads: HeadCounts) -> None:
-        """Tries the rule on a shape without data.
+    def weight_shape(self, shape: tuple[int, ...], heads: HeadCounts) -> tuple[int, ...]:
+        """What `weight` makes of a shape.
 
         Raises:
             FormatError: heads that don't divide the rows.
         """
+        if not self.transforms:
+            return shape
         import torch
 
-        self.weight(torch.empty(shape, device="meta"), heads)
+        return tuple(self.weight(torch.empty(shape, device="meta"), heads).shape)
 
     def pair(self, a: torch.Tensor, b: torch.Tensor, heads: HeadCounts) -> tuple[torch.Tensor, torch.Tensor]:
         """A LoRA pair A (r, in), B (out, r), brought into the target's layout."""
         for transform in self.transforms:
             a, b = transform.pair(a, b, heads)
         return a, b
+
+    def pair_shape(self, shape: tuple[int, int], heads: HeadCounts) -> tuple[int, int]:
+        """(out, in) of the pair that `pair` makes of one for a weight (out, in).
+
+        Raises:
+            FormatError: heads that don't divide the rows.
+        """
+        if not self.transforms:
+            return shape
+        import torch
+
+        a, b = torch.empty((1, shape[1]), device="meta"), torch.empty((shape[0], 1), device="meta")
+        a, b = self.pair(a, b, heads)
+        return b.shape[0], a.shape[1]
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a module goes in the other layout.
+
+    Attributes:
+        name: the module, or the stack.
+        rule: leads there.
+        expert: which matrix of the stack it becomes, where its own name says so.
+    """
+
+    name: str
+    rule: Rule
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,20 +119,26 @@ class Architecture:
         classes: names that config.json gives under `architectures`.
         rules: every module that carries weights, norms included.
         composites: those of the classes that hold such a model beside others, for images say.
+        without_pairs: modules of which no pair can be brought over, each with the reason.
     """
 
     name: str
     classes: tuple[str, ...]
     rules: tuple[Rule, ...]
     composites: tuple[str, ...] = ()
+    without_pairs: Mapping[str, str] = field(default_factory=dict)
 
-    def to_gguf(self, module: str) -> tuple[str, Rule] | None:
-        """The GGUF name of a checkpoint's module and the rule behind it; None when the table lacks it."""
+    def to_gguf(self, module: str) -> tuple[Destination, ...]:
+        """Where a checkpoint's module goes: to one place in GGUF, or in parts to several. Empty: the table lacks it."""
         return _lookup(self._forward, module)
 
-    def to_hugging_face(self, module: str) -> tuple[str, Rule] | None:
-        """The checkpoint's name of a GGUF module and the rule that leads there; None when the table lacks it."""
-        return _lookup(self._backward, module)
+    def to_hugging_face(self, module: str) -> Destination | None:
+        """Where a GGUF module comes from; None when the table lacks it."""
+        return next(iter(_lookup(self._backward, module)), None)
+
+    def no_pairs_because(self, module: str) -> str | None:
+        """Why a pair of this module of a checkpoint has no counterpart in GGUF; None where it may have one."""
+        return self.without_pairs.get(_pattern(module)[0])
 
     def name_in(self, model_class: str, module: str) -> str:
         """The name that a module of the rules has in a model of a class, as PEFT must know it.
@@ -94,20 +150,33 @@ class Architecture:
         return f"{_TEXT}language_model.{module.removeprefix(_TEXT)}" if wrapped else module
 
     @cached_property
-    def _forward(self) -> dict[str, Rule]:
-        return {rule.source: rule for rule in self.rules}
+    def _forward(self) -> Mapping[str, tuple[Rule, ...]]:
+        return _by_source(self.rules)
 
     @cached_property
-    def _backward(self) -> dict[str, Rule]:
-        return {rule.target: rule.inverse() for rule in self.rules if not rule.one_way}
+    def _backward(self) -> Mapping[str, tuple[Rule, ...]]:
+        return _by_source(rule.inverse() for rule in self.rules if not rule.one_way)
 
 
-def _lookup(rules: dict[str, Rule], module: str) -> tuple[str, Rule] | None:
-    """Finds `module` literally or with its one layer number replaced by the placeholder."""
-    if module in rules:
-        return rules[module].target, rules[module]
-    layer = re.search(r"(?<=\.)(0|[1-9]\d{0,5})(?=\.)", module)
-    if layer is None:
-        return None
-    rule = rules.get(module[: layer.start()] + _LAYER + module[layer.end() :])
-    return None if rule is None else (rule.target.replace(_LAYER, layer[0]), rule)
+def _by_source(rules: Iterable[Rule]) -> Mapping[str, tuple[Rule, ...]]:
+    found: dict[str, list[Rule]] = defaultdict(list)
+    for rule in rules:
+        found[rule.source].append(rule)
+    return {source: tuple(same) for source, same in found.items()}
+
+
+def _lookup(rules: Mapping[str, tuple[Rule, ...]], module: str) -> tuple[Destination, ...]:
+    """Finds `module` literally or with its numbers replaced by the placeholders."""
+    pattern, layer, expert = (module, "", None) if module in rules else _pattern(module)
+    return tuple(Destination(rule.target.replace(_LAYER, layer), rule, expert) for rule in rules.get(pattern, ()))
+
+
+def _pattern(module: str) -> tuple[str, str, int | None]:
+    """The name with placeholders, the layer's number and the expert's."""
+    numbers = list(_NUMBER.finditer(module))[:2]
+    if not numbers:
+        return module, "", None
+    pattern = module
+    for number, placeholder in reversed(list(zip(numbers, (_LAYER, _EXPERT), strict=False))):
+        pattern = pattern[: number.start()] + placeholder + pattern[number.end() :]
+    return pattern, numbers[0][0], int(numbers[1][0]) if len(numbers) == 2 else None

@@ -1,7 +1,7 @@
 """What happens to a tensor's values between the two layouts, the same for weights and for LoRA pairs.
 
 A LoRA pair stands for the delta B @ A of a weight (out, in), A (r, in), B (out, r). Whatever moves the rows of
-the weight moves the rows of B and leaves A alone.
+the weight moves the rows of B and leaves A alone. Of a stack of experts every matrix is transformed by itself.
 """
 
 from __future__ import annotations
@@ -109,3 +109,92 @@ class AddOne:
 
     def inverse(self) -> AddOne:
         return AddOne(not self.inverted)
+
+
+@dataclass(frozen=True)
+class TakeRows:
+    """A part of the rows: what one matrix in a checkpoint and several in GGUF hold, gate and up say.
+
+    Undone, the rows go back to their places and the others are zero, so that the deltas of all parts add up.
+
+    Attributes:
+        part: `first` and `second` half, or `even` and `odd` rows.
+    """
+
+    part: Literal["first", "second", "even", "odd"]
+    inverted: bool = False
+
+    def weight(self, weight: torch.Tensor, heads: HeadCounts) -> torch.Tensor:
+        if self.inverted:
+            whole = weight.new_zeros((2 * len(weight), *weight.shape[1:]))
+            whole[self._rows(len(whole))] = weight
+            return whole
+        if len(weight) % 2:
+            raise FormatError(f"{len(weight)} rows can't be two parts of one size; is this the right config.json?")
+        return weight[self._rows(len(weight))]
+
+    def pair(self, a: torch.Tensor, b: torch.Tensor, heads: HeadCounts) -> tuple[torch.Tensor, torch.Tensor]:
+        return a, self.weight(b, heads)
+
+    def inverse(self) -> TakeRows:
+        return TakeRows(self.part, not self.inverted)
+
+    def _rows(self, count: int) -> slice:
+        if self.part in ("first", "second"):
+            return slice(count // 2) if self.part == "first" else slice(count // 2, count)
+        return slice(int(self.part == "odd"), count, 2)
+
+
+@dataclass(frozen=True)
+class HeadParts:
+    """The keys' or the values' part of every head, as a stack of heads.
+
+    DeepSeek's kv_b_proj (heads * (key + value), latent) has one block of rows for each head. llama.cpp has the values
+    as (heads, value, latent) and the keys, which it multiplies from the other side, as (heads, latent, key).
+    """
+
+    part: Literal["key", "value"]
+
+    def weight(self, weight: torch.Tensor, heads: HeadCounts) -> torch.Tensor:
+        rows, key = weight.shape[0], heads.latent_key
+        if rows % heads.query or not 0 < key < rows // heads.query:
+            raise FormatError(
+                f"{rows} rows can't be {heads.query} heads with {key} rows of a key each; is this the right "
+                f"config.json?"
+            )
+        split = weight.reshape(heads.query, rows // heads.query, *weight.shape[1:])
+        return split[:, :key].transpose(1, 2) if self.part == "key" else split[:, key:]
+
+    def pair(self, a: torch.Tensor, b: torch.Tensor, heads: HeadCounts) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("one pair would become one for each head; tables have such modules in without_pairs")
+
+    def inverse(self) -> HeadParts:
+        return self  # only pairs are ever brought back
+
+
+@dataclass(frozen=True)
+class StoredTransposed:
+    """A weight that a checkpoint stores as (in, out). Pairs are not: they say what is multiplied first."""
+
+    def weight(self, weight: torch.Tensor, heads: HeadCounts) -> torch.Tensor:
+        return weight.T if weight.ndim == 2 else weight
+
+    def pair(self, a: torch.Tensor, b: torch.Tensor, heads: HeadCounts) -> tuple[torch.Tensor, torch.Tensor]:
+        return a, b
+
+    def inverse(self) -> StoredTransposed:
+        return self
+
+
+@dataclass(frozen=True)
+class SwapFactors:
+    """A pair of the transposed delta: (B A).T = A.T B.T. Weights are as they should be."""
+
+    def weight(self, weight: torch.Tensor, heads: HeadCounts) -> torch.Tensor:
+        return weight
+
+    def pair(self, a: torch.Tensor, b: torch.Tensor, heads: HeadCounts) -> tuple[torch.Tensor, torch.Tensor]:
+        return b.T, a.T
+
+    def inverse(self) -> SwapFactors:
+        return self

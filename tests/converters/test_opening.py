@@ -87,7 +87,7 @@ def test_a_model_is_no_adapter_and_an_adapter_no_model(tmp_path: Path) -> None:
 def test_a_checkpoint_beside_a_gguf_file_is_seen_in_its_layout(tmp_path: Path) -> None:
     found = forms(tmp_path)
     adapter = open_adapter(save_adapter(tmp_path / "adapter", pairs(SIZES.modules(), 3), adapter_config()))
-    base, aligned, lora = common_layout(open_model(found["sharded"]), open_model(found["gguf"]), adapter)
+    base, aligned, lora = common_layout(open_model(found["sharded"]), open_model(found["gguf"]), adapter, to_gguf=False)
     assert {model.layout for model in (base, aligned)} == {lora.layout} == {"gguf"}
     assert base.architecture == aligned.architecture == "llama"
     assert set(base.infos) == set(aligned.infos)
@@ -113,7 +113,7 @@ def test_files_of_one_layout_are_left_as_they_are(tmp_path: Path) -> None:
     inputs = open_model(found["file"]), open_model(found["sharded"]), open_adapter(
         save_adapter(tmp_path / "adapter", pairs(SIZES.modules(), 3), adapter_config())
     )  # fmt: skip
-    assert common_layout(*inputs) == inputs
+    assert common_layout(*inputs, to_gguf=False) == inputs
 
 
 def test_mixed_models_must_have_the_same_heads(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_mixed_models_must_have_the_same_heads(tmp_path: Path) -> None:
     base = open_model(save_model(tmp_path / "base", TENSORS, SETTINGS))
     adapter = open_adapter(save_adapter(tmp_path / "adapter", pairs(SIZES.modules(), 3), adapter_config()))
     with pytest.raises(MismatchError, match="8 attention heads"):
-        common_layout(base, open_model(other), adapter)
+        common_layout(base, open_model(other), adapter, to_gguf=False)
 
 
 def test_heads_that_differ_from_layer_to_layer_have_no_order(tmp_path: Path) -> None:
