@@ -36,6 +36,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no warnings.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log to stderr, with tracebacks of failures.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing outputs.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse what would be lost or only approximated.")]
+Out = Annotated[
+    str,
+    typer.Option(
+        metavar="PATH", help="A .gguf file; an existing directory, for a GGUF named by convention; else one for PEFT."
+    ),
+]
+To = Annotated[str | None, typer.Option(help="gguf or peft, where --out doesn't say.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 
 
@@ -70,7 +78,7 @@ def project(
     base: Annotated[Path, _file(help="The model before its alignment: directory, .safetensors or .gguf.")],
     aligned: Annotated[Path, _file(help="The aligned model, on which the adapter was trained.")],
     adapter: Annotated[Path, _file(help="The adapter: a PEFT or MLX directory, or a .gguf file.")],
-    out: Annotated[Path, _file(help="A .gguf file, or a directory for PEFT.")],
+    out: Out,
     threshold: Annotated[float | None, typer.Option(help="Project modules with a cosine up to this.")] = None,
     number: Annotated[int | None, typer.Option(help="Project this many, smallest cosines first.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Project this share of the modules.")] = None,
@@ -79,7 +87,9 @@ def project(
     rank: Annotated[int | None, typer.Option(help="Rank of the subspace operator (default 6).")] = None,
     strength: Annotated[float, typer.Option(help="B becomes (1 - S) B + S P B.")] = 1.0,
     outtype: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0.")] = "f32",
-    to: Annotated[str | None, typer.Option(help="gguf: name the file by convention inside --out.")] = None,
+    to: To = None,
+    dora_rank: Annotated[int | None, typer.Option(help="Rank for a DoRA adapter (default: 1 % error).")] = None,
+    strict: Strict = False,
     allow_noisy_reference: Annotated[bool, typer.Option(help="Use quantized references whatever their noise.")] = False,
     report: Annotated[Path | None, _file(help="Write the report to this .json file too.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Check all headers, write nothing.")] = False,
@@ -98,17 +108,18 @@ def project(
         from safelora_gguf.exits import Outcome
         from safelora_gguf.project import project_adapter
         from safelora_gguf.report import dump_json
-        from safelora_gguf.terminal import progress_bar, project_summary, project_table, rendered
+        from safelora_gguf.terminal import progress_bar, project_summary, project_table, rendered, warn
 
         selection = _selection(threshold, number, ratio, project_all)
-        target = _report_path(report, force, (base, aligned, adapter, out))
+        target = _report_path(report, force, (base, aligned, adapter, *_replaced(out, to)))
         with progress_bar(unit="bytes", shown=not quiet) as progress:
             result = project_adapter(
                 base, aligned, adapter, out, operator=_choice(operator, "operator", ("paper", "subspace")), rank=rank,
                 selection=selection, strength=strength, outtype=outtype, to=_choice(to, "to", ("gguf", "peft", None)),
-                device=device, allow_noisy_reference=allow_noisy_reference, force=force, dry_run=dry_run,
-                progress=progress,
+                device=device, dora_rank=dora_rank, strict=strict, allow_noisy_reference=allow_noisy_reference,
+                force=force, dry_run=dry_run, progress=progress,
             )  # fmt: skip
+        warn(() if quiet else result.losses)
         _save(result.to_json(), None if dry_run else target, force)
         text = dump_json(result.to_json()) if json else rendered(project_table(result), project_summary(result))
         return Outcome(text)
@@ -121,17 +132,20 @@ def convert_adapter_command(
     source: Annotated[
         Path, typer.Argument(readable=False, help="The adapter: a PEFT or MLX directory, or a .gguf file.")
     ],
-    out: Annotated[Path, _file(help="A .gguf file, or a directory for PEFT.")],
+    out: Out,
     base: Annotated[
         Path | None, _file(help="The model it is for: directory, config.json or .gguf; weights for DoRA alone.")
     ] = None,
     outtype: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0.")] = "f32",
-    to: Annotated[str | None, typer.Option(help="gguf: name the file by convention inside --out.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank for a DoRA adapter (default: 1 % error).")] = None,
+    to: To = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", "--dora-rank", help="Rank for a DoRA adapter (default: 1 % error).")
+    ] = None,
+    strict: Strict = False,
     dry_run: Annotated[bool, typer.Option(help="Check all headers, write nothing.")] = False,
     force: Force = False,
     json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no warnings.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Convert a LoRA adapter: PEFT or MLX to GGUF, MLX or GGUF to PEFT, by what --out is."""
@@ -140,12 +154,13 @@ def convert_adapter_command(
         from safelora_gguf.convert import convert_adapter
         from safelora_gguf.exits import Outcome
         from safelora_gguf.report import dump_json
-        from safelora_gguf.terminal import convert_summary, convert_table, rendered
+        from safelora_gguf.terminal import convert_summary, convert_table, rendered, warn
 
         result = convert_adapter(
             source, out, base=base, outtype=outtype, to=_choice(to, "to", ("gguf", "peft", None)), rank=rank,
-            force=force, dry_run=dry_run,
+            strict=strict, force=force, dry_run=dry_run,
         )  # fmt: skip
+        warn(() if quiet else result.losses)
         summary = convert_summary(result, notes=not quiet)
         return Outcome(dump_json(result.to_json()) if json else rendered(convert_table(result), summary))
 
@@ -317,6 +332,13 @@ def _report_path(report: Path | None, force: bool, others: Sequence[Path]) -> Pa
         if resolved(report).is_relative_to(resolved(other)):
             raise OutputPathError(f"is {other} or lies in it; choose another place for the report", file=report)
     return report
+
+
+def _replaced(out: str, to: str | None) -> tuple[Path, ...]:
+    """What an adapter's output takes the place of; nothing that is known yet where it goes into a directory."""
+    from converters.adapters.plan import kind_of
+
+    return () if kind_of(out, to) == "inside" else (Path(out),)
 
 
 def _save(data: Mapping[str, Any], report: Path | None, force: bool) -> None:

@@ -9,21 +9,23 @@ from typing import Any, Literal
 
 import torch
 
+from converters.adapters.converted import ConvertedAdapter
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.adapters.output import AdapterOutput, Origin
-from converters.adapters.plan import plan_output
+from converters.adapters.plan import is_gguf_name, kind_of, plan_output
 from converters.adapters.storing import Rounding
-from converters.checkpoint import Checkpoint, open_checkpoint
-from converters.converted import Bridge, ConvertedAdapter, ConvertedModel
-from converters.description import ConfiguredModel, model_of
-from converters.errors import FormatError, InputError, MismatchError, UnsupportedError, UsageError
+from converters.bridge import Bridge
+from converters.checkpoint import Checkpoint
+from converters.converted_model import ConvertedModel
+from converters.description import model_of
+from converters.errors import FormatError, InputError, MismatchError
 from converters.gguf_model import GgufModel
-from converters.layouts import find_table
+from converters.layouts import find_table, written_layout
 from converters.models import Model, ModelDescription
 from converters.opening import open_adapter
 from safelora_gguf._version import __version__
 from safelora_gguf.device import exact_float32
-from safelora_gguf.dora import NearestPairs
+from safelora_gguf.losses import as_plain_pairs, losses_of, refuse_losses
 from safelora_gguf.pairing import check_adapted
 from safelora_gguf.report import InputReport, OutputReport, output_entry, rounding_notes
 
@@ -65,7 +67,8 @@ class ConvertReport:
     Attributes:
         outtype: the type that was asked for.
         output: None after a dry run.
-        notes: everything folded, rounded or left out, one sentence each.
+        notes: everything folded, approximated, rounded or left out, one sentence each; losses first.
+        losses: what of the update is not, or not exactly, in the output, or is not applied by llama.cpp.
         planned_output: where the output would go or went, and its size in bytes.
     """
 
@@ -74,6 +77,7 @@ class ConvertReport:
     inputs: tuple[InputReport, ...]
     output: OutputReport | None
     notes: tuple[str, ...]
+    losses: tuple[str, ...]
     planned_output: tuple[str, int]
 
     def to_json(self) -> dict[str, Any]:
@@ -84,6 +88,7 @@ class ConvertReport:
             "inputs": [item.to_json() for item in self.inputs],
             "outtype": self.outtype,
             "modules": [module.to_json() for module in self.modules],
+            "losses": list(self.losses),
             "notes": list(self.notes),
         }
         return result | output_entry(self.output, self.planned_output)
@@ -97,6 +102,7 @@ def convert_adapter(
     outtype: str = "f32",
     to: Literal["gguf", "peft"] | None = None,
     rank: int | None = None,
+    strict: bool = False,
     force: bool = False,
     dry_run: bool = False,
 ) -> ConvertReport:
@@ -104,13 +110,15 @@ def convert_adapter(
 
     Args:
         source: a PEFT directory, an MLX directory or a GGUF adapter.
-        out: a file ending in .gguf, or a directory for PEFT (with `to="gguf"`: in which a GGUF file gets its
-            conventional name).
+        out: a file ending in .gguf; or a directory without an adapter in it, existing or ending in a separator, for a
+            GGUF file named by convention; any other name is a PEFT directory's.
+        to: `gguf` or `peft`, whatever directory `out` is; by default a GGUF adapter becomes a PEFT directory.
         base: the model that it is for: its directory, its config.json alone, or a GGUF file of it. Not needed
             where that stands beside the adapter, or from GGUF where no rows are reordered.
         outtype: f32, f16, bf16 or (GGUF only) q8_0.
         rank: of the pairs that stand for a DoRA adapter, whose update has no low rank; by default the smallest
             that keeps each module's error under 1 %. The base's weights are needed then.
+        strict: refuse what would be lost or only approximated, instead of reporting it.
         force: replace an existing output.
         dry_run: check all headers, write nothing.
 
@@ -119,46 +127,29 @@ def convert_adapter(
         InputError: a file or an output path that cannot be used; nothing was written.
         WriteError: the disk is full or fails; nothing partial was left.
     """
-    adapter = open_adapter(source, dora=True)
-    model = model_of(adapter, base)
-    inputs = [InputReport.of("adapter", adapter)]
-    if adapter.magnitudes:
-        model = _with_weights(model, adapter)
+    opened = open_adapter(source, dora=True)
+    plain, model = as_plain_pairs(opened, model_of(opened, base), rank, named_by="--base", strict=strict)
+    inputs = [InputReport.of("adapter", opened)]
+    if plain is not opened and isinstance(model, Checkpoint):
         inputs.append(InputReport.of("base", model))
-        adapter = _without_dora(adapter, model, rank)
-    elif rank is not None:
-        raise UsageError("rank is for DoRA adapters; the pairs of others keep theirs")
-    _check_architecture(adapter, model)
+    if to is None and opened.format == "gguf" and not is_gguf_name(out):
+        to = "peft"
+    _check_architecture(plain, model)
+    adapter = written_layout(plain, model, to_gguf=kind_of(out, to) != "peft")
     _check_belongs(adapter, model)
-    output = plan_output(Path(out), adapter, model, outtype=outtype, to=to, label="", force=force)
-    roundings = None if dry_run else _write(output, adapter, inputs)
+    output = plan_output(out, adapter, model, outtype=outtype, to=to, label="", force=force)
+    refuse_losses(adapter, losses_of(adapter, output) if strict else ())
+    roundings = None if dry_run else _write(output, adapter, inputs, exact=plain is opened)
+    losses = losses_of(adapter, output)  # a DoRA's are known once it is written
     return ConvertReport(
         outtype=outtype,
         modules=tuple(_module(pair, output, (roundings or {}).get(name)) for name, pair in adapter.pairs.items()),
         inputs=tuple(inputs),
         output=None if roundings is None else OutputReport.of(output.target, output.tensor_file),
-        notes=(*adapter.losses, *adapter.notes, *_folded(adapter, output), *_rounded(roundings or {}, output, outtype)),
+        notes=(*losses, *adapter.notes, *_folded(adapter, output), *_rounded(roundings or {}, output, outtype)),
+        losses=losses,
         planned_output=(str(output.target), output.planned_bytes()),
     )
-
-
-def _with_weights(model: ModelDescription, adapter: LoraAdapter) -> Checkpoint:
-    """The base with its weights, where it was named by its config.json or its directory."""
-    if isinstance(model, ConfiguredModel):  # opening it again says what is missing or damaged
-        model = open_checkpoint(model.described_by.parent if model.path == model.described_by else model.path)
-    if not isinstance(model, Checkpoint):
-        raise UnsupportedError(
-            "uses DoRA, whose update depends on the base's weights; name the safetensors model with --base",
-            file=adapter.path,
-        )
-    return model
-
-
-def _without_dora(adapter: LoraAdapter, model: Checkpoint, rank: int | None) -> NearestPairs:
-    if rank is not None and rank < 1:
-        raise UsageError(f"rank is {rank}, expected at least 1")
-    with exact_float32(), torch.inference_mode():
-        return NearestPairs(adapter, model, rank)
 
 
 def _check_architecture(adapter: LoraAdapter, model: ModelDescription) -> None:
@@ -180,18 +171,19 @@ def _check_belongs(adapter: LoraAdapter, model: ModelDescription) -> None:
     if adapter.layout != model.layout:
         table = find_table(model)
         try:
-            heads = model.heads()
+            bridge = Bridge.of(table, model) if table else None
         except InputError:
-            heads = None
-        if table is None or heads is None:  # where either is needed, the output will tell
+            bridge = None
+        if bridge is None:  # where table or heads are needed, the output will tell
             return
-        bridge = Bridge(table, heads)
         seen = model if model.layout == "gguf" else ConvertedModel(model, bridge)
         adapter = adapter if adapter.layout == "gguf" else ConvertedAdapter(adapter, bridge)
     check_adapted(seen, adapter)
 
 
-def _write(output: AdapterOutput, adapter: LoraAdapter, inputs: Sequence[InputReport]) -> Mapping[str, Rounding]:
+def _write(
+    output: AdapterOutput, adapter: LoraAdapter, inputs: Sequence[InputReport], *, exact: bool
+) -> Mapping[str, Rounding]:
     def load(module: str) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = (half.float() for half in adapter.load(module))
         for half, name in ((a, 0), (b, 1)):
@@ -203,9 +195,9 @@ def _write(output: AdapterOutput, adapter: LoraAdapter, inputs: Sequence[InputRe
     facts = {"safelora.version": __version__}
     facts |= {f"safelora.{item.role}.fingerprint": item.fingerprint for item in inputs}
     description = f"A LoRA adapter converted from {adapter.format.upper()}; its update is unchanged."
-    if isinstance(adapter, NearestPairs):
+    if not exact:
         description = "The plain LoRA pairs nearest to a DoRA adapter, whose update they are not exactly."
-    with torch.inference_mode():
+    with exact_float32(), torch.inference_mode():
         return output.write(load, Origin("", description, ("lora",), facts))
 
 

@@ -17,14 +17,16 @@ import torch
 
 from converters.adapters.lora import LoraAdapter
 from converters.adapters.output import AdapterOutput, Fact, Origin
-from converters.adapters.plan import plan_output
+from converters.adapters.plan import kind_of, plan_output
 from converters.adapters.storing import Rounding
 from converters.errors import UsageError
 from converters.identity import plain_name
 from converters.layouts import common_layout
+from converters.models import Model
 from converters.opening import open_adapter, open_model
 from safelora_gguf._version import __version__
 from safelora_gguf.device import exact_float32, resolve_device
+from safelora_gguf.losses import as_plain_pairs, losses_of, refuse_losses
 from safelora_gguf.pairing import Triple, pair_up
 from safelora_gguf.projection import blend
 from safelora_gguf.references import check_references, noise_notes, score_notes
@@ -87,60 +89,62 @@ def project_adapter(
     outtype: str = "f32",
     to: Literal["gguf", "peft"] | None = None,
     device: str = "auto",
+    dora_rank: int | None = None,
+    strict: bool = False,
     allow_noisy_reference: bool = False,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ProjectReport:
-    """Projects a LoRA adapter onto a model's alignment and writes the result.
+    """Projects a LoRA adapter onto a model's alignment, writes the result and reports on it.
 
     Args:
         base: the model before its alignment: a directory with config.json and safetensors, a .safetensors file
             beside config.json, a .gguf file (quantized ones included) or the first shard of a split one.
         aligned: the model after it, on which the adapter was trained; it may be in another format.
         adapter: a PEFT directory, an MLX directory or a GGUF adapter.
-        out: a file ending in .gguf, or a directory for PEFT (with `to="gguf"`: in which a GGUF file gets its
-            conventional name).
+        out: a file ending in .gguf; or a directory without an adapter in it, existing or ending in a separator, for a
+            GGUF file named by convention; any other name is a PEFT directory's.
+        to: `gguf` or `peft`, whatever directory `out` is.
         operator, rank, selection, strength: see `Projection`.
         outtype: f32, f16, bf16 or (GGUF only) q8_0.
         device: auto, cpu, cuda, cuda:N or mps.
+        dora_rank: of the pairs that stand for a DoRA adapter, whose update has no low rank; by default the smallest
+            that keeps each module's error under 1 %. The aligned model must then be in safetensors.
+        strict: refuse what would be lost or only approximated, instead of reporting it.
         allow_noisy_reference: go on with the paper's operator where V is mostly the references' rounding noise.
         force: replace an existing output.
         dry_run: check all headers, compute and write nothing.
         progress: called with (bytes done, bytes in all, next module) as the references are read.
-
-    Returns:
-        The report; its `to_json()` is what the command line prints with --json.
 
     Raises:
         UsageError: options that make no sense.
         InputError: a file or an output path that cannot be used; nothing was written.
         WriteError: the disk is full or fails; nothing partial was left.
     """
-    projection = Projection(operator, rank, selection, strength)
-    where = resolve_device(device)
-    before, after, source = common_layout(open_model(base), open_model(aligned), open_adapter(adapter))
-    triples = pair_up(before, after, source)
-    _check_rank(projection, triples)
+    projection, where = Projection(operator, rank, selection, strength), resolve_device(device)
+    references, opened = (open_model(base), open_model(aligned)), open_adapter(adapter, dora=True)
+    plain, _ = as_plain_pairs(opened, references[1], dora_rank, named_by="--aligned", strict=strict)
+    before, after, source = common_layout(*references, plain, to_gguf=kind_of(out, to) != "peft")
+    triples = _triples(before, after, source, projection)
     output = plan_output(
-        Path(out), source, after, outtype=outtype, to=to, label="SafeLoRA", force=force, reads=before.sources
+        out, source, after, outtype=outtype, to=to, label="SafeLoRA", force=force, reads=before.sources
     )
-    inputs = InputReport.of("base", before), InputReport.of("aligned", after), InputReport.of("adapter", source)
-    run = _Run(projection, output, source, triples, outtype, inputs)
+    refuse_losses(source, losses_of(source, output) if strict else ())
+    inputs = InputReport.of("base", before), InputReport.of("aligned", after), InputReport.of("adapter", opened)
+    run = _Run(projection, output, source, triples, outtype, inputs, dora=plain is not opened)
     if dry_run:
-        return run.report({}, frozenset(), None)
-    logger.debug("scoring %d modules on %s", len(triples), where)
-    with exact_float32(), torch.inference_mode():
-        scores = Scorer(before, after, source, projection.operator, projection.k, where).score_all(triples, progress)
-        check_references(before, after, scores, allow_noisy_reference or projection.rule.chooses_nothing)
-        chosen = select({name: score.cosine for name, score in scores.items()}, projection.rule)
-        return run.report(scores, chosen, run.write(scores, chosen))
+        return run.report({}, frozenset(), None, {})
+    return run.carry_out(before, after, where, progress, allow_noise=allow_noisy_reference)
 
 
-def _check_rank(projection: Projection, triples: Sequence[Triple]) -> None:
+def _triples(before: Model, after: Model, adapter: LoraAdapter, projection: Projection) -> list[Triple]:
+    """Every pair with its weights, once the subspace's rank is known to fit them all."""
+    triples = pair_up(before, after, adapter)
     for triple in triples:
         if projection.operator == "subspace" and projection.k > min(triple.pair.shape):
             raise UsageError(f"rank {projection.k} is more than {triple.pair.module} has: {min(triple.pair.shape)}")
+    return triples
 
 
 @dataclass(frozen=True)
@@ -153,22 +157,46 @@ class _Run:
     triples: Sequence[Triple]
     outtype: str
     inputs: tuple[InputReport, ...]
+    dora: bool
 
-    def write(self, scores: Mapping[str, Score], chosen: Collection[str]) -> Mapping[str, Rounding]:
+    def carry_out(
+        self, before: Model, after: Model, where: torch.device, progress: Progress | None, *, allow_noise: bool
+    ) -> ProjectReport:
+        """Scores all modules, chooses, and writes."""
+        operator, rule = self.projection.operator, self.projection.rule
+        logger.debug("scoring %d modules on %s", len(self.triples), where)
+        with exact_float32(), torch.inference_mode():
+            scorer = Scorer(before, after, self.adapter, operator, self.projection.k, where)
+            scores = scorer.score_all(self.triples, progress)
+            check_references(before, after, scores, allow_noise or rule.chooses_nothing)
+            chosen = select({name: score.cosine for name, score in scores.items()}, rule)
+            return self.report(scores, chosen, *self.write(scores, chosen))
+
+    def write(
+        self, scores: Mapping[str, Score], chosen: Collection[str]
+    ) -> tuple[Mapping[str, Rounding], Mapping[str, float]]:
+        """How each pair was rounded, and the norm of each delta that was changed (before its scaling), by module."""
+        norms: dict[str, float] = {}
+
         def load(module: str) -> tuple[torch.Tensor, torch.Tensor]:
             a, b = self.adapter.load(module)
-            return a.float(), self._new_b(b.float(), scores[module], module in chosen)
+            new_b = self._new_b(b.float(), scores[module], module in chosen)
+            if module in chosen:
+                norms[module] = norm_of(new_b, scores[module])
+            return a.float(), new_b
 
         names = [self._label(triple) for triple in self.triples if triple.pair.module in chosen]
-        return self.output.write(load, self._origin(names))
+        return self.output.write(load, self._origin(names)), norms
 
     def report(
-        self, scores: Mapping[str, Score], chosen: Collection[str], roundings: Mapping[str, Rounding] | None
+        self,
+        scores: Mapping[str, Score],
+        chosen: Collection[str],
+        roundings: Mapping[str, Rounding] | None,
+        norms: Mapping[str, float],
     ) -> ProjectReport:
-        modules = [
-            self._module(triple, scores.get(triple.pair.module), chosen, (roundings or {}).get(triple.pair.module))
-            for triple in self.triples
-        ]
+        rounded = roundings or {}
+        modules = [self._module(triple, scores, rounded.get(triple.pair.module), norms) for triple in self.triples]
         written = None if roundings is None else OutputReport.of(self.output.target, self.output.tensor_file)
         return ProjectReport(
             operator=self.projection.operator,
@@ -179,7 +207,8 @@ class _Run:
             modules=tuple(modules),
             inputs=self.inputs,
             output=written,
-            notes=self._notes(scores, chosen, roundings or {}),
+            notes=self._notes(scores, chosen, rounded),
+            losses=losses_of(self.adapter, self.output),
             planned_output=(str(self.output.target), self.output.planned_bytes()),
         )
 
@@ -189,22 +218,24 @@ class _Run:
         return blend(b, score.projected_b, self.projection.strength)
 
     def _module(
-        self, triple: Triple, score: Score | None, chosen: Collection[str], rounding: Rounding | None
+        self,
+        triple: Triple,
+        scores: Mapping[str, Score],
+        rounding: Rounding | None,
+        norms: Mapping[str, float],
     ) -> ModuleReport:
         pair = triple.pair
-        projected = pair.module in chosen
+        score = scores.get(pair.module)
         before = after = None
         if score is not None:
-            before = after = pair.scaling * score.delta_norm
-            if projected:
-                b = self._new_b(self.adapter.load(pair.module)[1].float(), score, projected)
-                after = pair.scaling * norm_of(b, score)
+            before = pair.scaling * score.delta_norm
+            after = pair.scaling * norms.get(pair.module, score.delta_norm)
         return ModuleReport(
             name=self._name(triple),
             shape=pair.shape,
             rank=pair.rank,
             cosine=score.cosine if score else None,
-            projected=projected,
+            projected=pair.module in norms,
             alignment_norm=score.alignment_norm if score else None,
             delta_norm=None if before is None else abs(before),
             delta_norm_after=None if after is None else abs(after),
@@ -226,7 +257,7 @@ class _Run:
     def _notes(
         self, scores: Mapping[str, Score], chosen: Collection[str], roundings: Mapping[str, Rounding]
     ) -> tuple[str, ...]:
-        notes = [*self.adapter.losses, *self.adapter.notes, *noise_notes(scores)]
+        notes = [*losses_of(self.adapter, self.output), *self.adapter.notes, *noise_notes(scores)]
         for triple in self.triples:
             module, name = triple.pair.module, self._label(triple)
             if module in scores:
@@ -259,7 +290,8 @@ class _Run:
             facts[f"safelora.{item.role}.name"] = plain_name(Path(item.path))
             facts[f"safelora.{item.role}.fingerprint"] = item.fingerprint
         description = (
-            f"A LoRA adapter projected onto its model's alignment with Safe LoRA (arXiv 2405.16833): "
+            f"{'The plain pairs nearest to a DoRA' if self.dora else 'A LoRA'} adapter, projected onto its model's "
+            f"alignment with Safe LoRA (arXiv 2405.16833): "
             f"{len(projected)} of {len(self.triples)} modules changed. Measure what it refuses before relying on it."
         )
         return Origin("Safe LoRA", description, ("lora", "safe-lora", "safelora-gguf"), facts)

@@ -114,7 +114,8 @@ class ProjectReport:
     Attributes:
         selection: {"mode": ..., "value": ...}.
         output: None after a dry run.
-        notes: whatever a careful reader should know, one sentence each.
+        notes: whatever a careful reader should know, one sentence each; losses first.
+        losses: what of the update is not, or not exactly, in the output, or is not applied by llama.cpp.
         planned_output: where the output would go or went, and its size in bytes.
     """
 
@@ -127,6 +128,7 @@ class ProjectReport:
     inputs: tuple[InputReport, ...]
     output: OutputReport | None
     notes: tuple[str, ...]
+    losses: tuple[str, ...]
     planned_output: tuple[str, int]
 
     @property
@@ -159,6 +161,7 @@ class ProjectReport:
             "total": self.total,
             "norm_ratio": self.norm_ratio,
             "modules": [module.to_json() for module in self.modules],
+            "losses": list(self.losses),
             "notes": list(self.notes),
         }
         return result | output_entry(self.output, self.planned_output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,13 @@ def rendered(table: Table, lines: Sequence[str], head: Sequence[str] = ()) -> st
 
 def stderr() -> Console:
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def warn(sentences: Sequence[str]) -> None:
+    """Warnings on stderr, one a line; a stderr that is gone or full changes nothing about the result."""
+    lines = _at_most([f"warning: {printable(sentence)}" for sentence in sentences], _MOST_WARNINGS, "warnings")
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed stderr is None
+        sys.stderr.write("".join(f"{line}\n" for line in lines))
 
 
 @contextlib.contextmanager
@@ -132,7 +140,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def project_summary(report: ProjectReport) -> list[str]:
-    """What happened, in a few lines."""
+    """What happened, in a few lines; losses are warnings, not part of the result."""
     how = _how(report)
     if report.output is None:
         path, size = report.planned_output
@@ -141,7 +149,7 @@ def project_summary(report: ProjectReport) -> list[str]:
     ratio = report.norm_ratio
     left = "" if ratio is None else f"; the update's total norm is {ratio:.1%} of what it was"
     lines = [f"projected {report.projected} of {report.total} modules ({how}){left}"]
-    lines += [f"note: {printable(note)}" for note in report.notes]
+    lines += [f"note: {printable(note)}" for note in report.notes if note not in report.losses]
     return [*lines, f"wrote {printable(report.output.path)}, {report.output.bytes:,} bytes, {report.outtype}"]
 
 
@@ -160,8 +168,8 @@ def convert_table(report: ConvertReport) -> Table:
 
 
 def convert_summary(report: ConvertReport, *, notes: bool) -> list[str]:
-    """What was written, and what a reader should know of it."""
-    told = [f"note: {printable(note)}" for note in report.notes] if notes else []
+    """What was written, and what a reader should know of it; losses are warnings, not part of the result."""
+    told = [f"note: {printable(note)}" for note in report.notes if notes and note not in report.losses]
     if report.output is None:
         path, size = report.planned_output
         plan = f"dry run: would write {printable(path)}, {size:,} bytes of tensors as {report.outtype}"

@@ -2,25 +2,26 @@
 
 Linear:    delta W (out, in)           = scale * (lora_a @ lora_b).T, lora_a (in, r), lora_b (r, out)
 Embedding: delta W (vocabulary, width) = scale * lora_a @ lora_b, lora_a (vocabulary, r), lora_b (r, width)
+Experts:   delta W[e] (out, in)        = scale * lora_b[e] @ lora_a[e], lora_a (E, r, in), lora_b (E, out, r)
 
-from `fuse` in mlx-lm's tuner/lora.py; so A and B are lora_a.T and lora_b.T either way. The numbered checkpoints
-that training leaves beside the adapter (0000100_adapters.safetensors) are not looked at.
+from `fuse` in mlx-lm's tuner/lora.py; so A and B are lora_a.T and lora_b.T, and of experts lora_a[e] and lora_b[e].
+DoRA has beside each pair, but never experts', the lengths m of the rows of W' = W + delta W: (out,), or (vocabulary,)
+of an embedding, each token's (tuner/dora.py; PEFT takes an embedding's lengths the other way, over all tokens). The
+numbered checkpoints that training leaves beside the adapter (0000100_adapters.safetensors) are not looked at.
 """
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.adapters.lora import LoraPair
+from converters.adapters.mlx_pairs import MERGE, mlx_magnitudes, mlx_pairs
 from converters.errors import FormatError, UnsupportedError
 from converters.fingerprint import fingerprint
 from converters.models import Layout
-from converters.names import canonical, natural_order
 from converters.paths import existing, parse_json_object, read_bytes
 from converters.safetensors_file import SafetensorsFile
 
@@ -30,17 +31,8 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"
 
-_HALF = re.compile(r"(.+)\.lora_([ab])")
-_EMBEDDINGS = {
-    "embed_tokens", "embed_tokens_per_layer", "wte", "wpe", "word_embeddings", "tok_embeddings", "token_embeddings",
-    "embed_in", "embed", "embedding", "embeddings",
-}  # fmt: skip
-"""What mlx-lm's models call their nn.Embedding; nothing in the file says which pairs belong to one."""
-
 _DEFAULT_SCALE = 20.0
 """LoRALinear's own default, and what mlx-lm trains with unless told otherwise."""
-
-_MERGE = "merge it into its model with mlx_lm.fuse"
 
 
 class MlxAdapter:
@@ -53,7 +45,6 @@ class MlxAdapter:
     peft_config: bytes | None = None
     notes: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()
-    magnitudes: Mapping[str, str] = {}
 
     def __init__(self, path: Path, config_bytes: bytes, config: MlxConfig, file: SafetensorsFile) -> None:
         self.path = path
@@ -61,8 +52,8 @@ class MlxAdapter:
         self.frozen_tables: Mapping[str, str] = {}
         self._config_bytes = config_bytes
         self._file = file
-        pairs = {canonical(module): self._pair(module, *halves) for module, halves in _pair_keys(file).items()}
-        self.pairs: Mapping[str, LoraPair] = {name: pairs[name] for name in sorted(pairs, key=natural_order)}
+        self.pairs: Mapping[str, LoraPair] = mlx_pairs(file, config.scaling, config.rank, dora=config.dora)
+        self.magnitudes: Mapping[str, str] = mlx_magnitudes(file, self.pairs) if config.dora else {}
 
     @property
     def lora_alpha(self) -> float:
@@ -86,35 +77,22 @@ class MlxAdapter:
         raise KeyError(module)
 
     def load_magnitude(self, module: str) -> torch.Tensor:
-        raise KeyError(module)
+        """DoRA's row lengths (out,) of one module; of an embedding those of its tokens, as (1, vocabulary)."""
+        lengths = self._file.load(self.magnitudes[module])
+        return lengths[None, :] if self.pairs[module].embedding else lengths
 
     def load(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        lora_a, lora_b = (self._file.load(name) for name in self.pairs[module].tensors)
-        return lora_a.T.contiguous(), lora_b.T.contiguous()
+        pair = self.pairs[module]
+        if pair.expert is None:
+            lora_a, lora_b = (self._file.load(name) for name in pair.tensors)
+            return lora_a.T.contiguous(), lora_b.T.contiguous()
+        rows = pair.rank, pair.shape[0]
+        a, b = (self._file.rows(name, pair.expert * count, (pair.expert + 1) * count)
+                for name, count in zip(pair.tensors, rows, strict=True))  # fmt: skip
+        return a, b
 
     def fingerprint(self) -> str:
         return fingerprint([self._file], extra=self._config_bytes)
-
-    def _pair(self, module: str, a: str, b: str) -> LoraPair:
-        shapes = self._file.infos[a].shape, self._file.infos[b].shape
-        for name, shape in zip((a, b), shapes, strict=True):
-            if len(shape) != 2 or 0 in shape:
-                found = f"has the shape {list(shape)}, expected a matrix"
-                raise FormatError(found, file=self._file.path, tensor=name)
-            self._file.check_type(name)
-        (rows_a, rank), (rank_b, columns_b) = shapes
-        if rank != rank_b:
-            found = f"lora_a has rank {rank}, lora_b has rank {rank_b}"
-            raise FormatError(found, file=self._file.path, tensor=b)
-        if self.config.rank not in (None, rank):
-            raise FormatError(
-                f"has rank {rank}, and {CONFIG} says {self.config.rank}: they do not belong together",
-                file=self._file.path,
-                tensor=a,
-            )
-        embedding = module.rpartition(".")[2] in _EMBEDDINGS
-        shape = (rows_a, columns_b) if embedding else (columns_b, rows_a)
-        return LoraPair(canonical(module), module, (a, b), rank, self.config.scaling, shape, embedding)
 
 
 @dataclass(frozen=True)
@@ -124,11 +102,13 @@ class MlxConfig:
     Attributes:
         scaling: the true factor of every pair.
         rank: every pair's, or None where the file doesn't say.
+        dora: whether every module has magnitudes beside its pair.
     """
 
     scaling: float
     rank: int | None
     base_model_name: str | None
+    dora: bool = False
 
 
 def is_mlx(path: Path) -> bool:
@@ -139,8 +119,11 @@ def is_mlx(path: Path) -> bool:
         return False
 
 
-def open_mlx(path: str | Path) -> MlxAdapter:
+def open_mlx(path: str | Path, *, dora: bool = False) -> MlxAdapter:
     """Opens an MLX adapter directory; reads headers only.
+
+    Args:
+        dora: open DoRA adapters too, whose update is not that of their pairs (see `LoraAdapter.magnitudes`).
 
     Raises:
         FileMissingError: the directory, its configuration or its weights are missing.
@@ -150,12 +133,15 @@ def open_mlx(path: str | Path) -> MlxAdapter:
     directory = existing(path, "the adapter")
     config_bytes = read_bytes(directory / CONFIG, "the adapter's configuration")
     raw = parse_json_object(config_bytes, "the adapter's configuration", directory / CONFIG)
-    config = parse_mlx_config(raw, directory / CONFIG)
+    config = parse_mlx_config(raw, directory / CONFIG, dora=dora)
     return MlxAdapter(directory, config_bytes, config, SafetensorsFile(directory / WEIGHTS))
 
 
-def parse_mlx_config(raw: Mapping[str, Any], path: Path) -> MlxConfig:
+def parse_mlx_config(raw: Mapping[str, Any], path: Path, *, dora: bool = False) -> MlxConfig:
     """Checks a parsed adapter_config.json.
+
+    Args:
+        dora: accept DoRA, whose magnitudes the caller knows how to use.
 
     Raises:
         FormatError: it is not mlx-lm's, or a value has the wrong type or is out of range.
@@ -164,13 +150,16 @@ def parse_mlx_config(raw: Mapping[str, Any], path: Path) -> MlxConfig:
     if "peft_type" in raw:
         found = f"is PEFT's configuration beside MLX's {WEIGHTS}; give each adapter a directory of its own"
         raise FormatError(found, file=path)
-    kind = raw.get("fine_tune_type", "lora")  # mlx-lm before 0.19 doesn't write it, and reads it with this default
-    if kind == "dora" or raw.get("use_dora"):
-        raise UnsupportedError(f"uses DoRA, whose update is not of low rank; {_MERGE}", file=path)
+    # Before 0.19 mlx-lm wrote use_dora; since then it reads fine_tune_type alone, with this default.
+    kind = raw.get("fine_tune_type", "dora" if raw.get("use_dora") else "lora")
+    if kind == "dora" and not dora:
+        told = f"uses DoRA, whose update has no low rank: convert adapter makes the nearest pairs, or {MERGE}"
+        raise UnsupportedError(told, file=path)
     if kind == "full":
-        raise UnsupportedError(f"holds whole trained tensors (fine_tune_type full), no pairs; {_MERGE}", file=path)
-    if kind != "lora":
-        raise UnsupportedError(f"fine_tune_type is {repr(kind)[:80]}; only lora adapters can be read", file=path)
+        raise UnsupportedError(f"holds whole trained tensors (fine_tune_type full), no pairs; {MERGE}", file=path)
+    if kind not in ("lora", "dora"):
+        told = f"fine_tune_type is {repr(kind)[:80]}; only lora and dora adapters can be read"
+        raise UnsupportedError(told, file=path)
     parameters = raw.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise FormatError("has no lora_parameters, expected an object with rank and scale", file=path)
@@ -179,7 +168,7 @@ def parse_mlx_config(raw: Mapping[str, Any], path: Path) -> MlxConfig:
         raise FormatError(f"lora_parameters: rank is {repr(rank)[:80]}, expected a positive whole number", file=path)
     name = raw.get("model")
     scaling = _scaling(raw, parameters, rank, path)
-    return MlxConfig(scaling, rank, name if isinstance(name, str) and name else None)
+    return MlxConfig(scaling, rank, name if isinstance(name, str) and name else None, kind == "dora")
 
 
 def _scaling(raw: Mapping[str, Any], parameters: Mapping[str, Any], rank: int | None, path: Path) -> float:
@@ -206,43 +195,3 @@ def _number(parameters: Mapping[str, Any], key: str, path: Path) -> float:
     if type(value) not in (int, float) or not abs(value) <= 1e30:  # NaN compares false
         raise FormatError(f"lora_parameters: {key} is {repr(value)[:80]}, expected a finite number", file=path)
     return float(value)
-
-
-def _pair_keys(file: SafetensorsFile) -> dict[str, tuple[str, str]]:
-    """The names of lora_a and lora_b by module, as the file calls it.
-
-    Raises:
-        FormatError: half a pair, two pairs for one module, or none at all.
-        UnsupportedError: a tensor that belongs to no pair, or a pair of stacked experts.
-    """
-    found: dict[str, dict[str, str]] = defaultdict(dict)
-    for key, info in file.infos.items():
-        match = _HALF.fullmatch(key)
-        if match is None:
-            raise _foreign_tensor(key, file.path)
-        if len(info.shape) == 3:
-            what = f"is a pair of stacked experts (LoRASwitchLinear), not supported yet; {_MERGE}"
-            raise UnsupportedError(what, file=file.path, tensor=key)
-        found[match[1]][match[2]] = key
-    if not found:
-        raise FormatError("holds no LoRA pairs", file=file.path)
-    seen: set[str] = set()
-    for module, halves in found.items():
-        if len(halves) < 2:
-            ((half, key),) = halves.items()
-            missing = f"has a lora_{half} but no lora_{'b' if half == 'a' else 'a'}: the file is incomplete"
-            raise FormatError(missing, file=file.path, tensor=key)
-        if canonical(module) in seen:
-            raise FormatError("two pairs for one module", file=file.path, tensor=halves["b"])
-        seen.add(canonical(module))
-    return {module: (halves["a"], halves["b"]) for module, halves in found.items()}
-
-
-def _foreign_tensor(key: str, path: Path) -> UnsupportedError:
-    if key.endswith(".m"):
-        what = f"holds DoRA magnitudes; DoRA's update is not of low rank: {_MERGE}"
-    elif ".lora_" in key:
-        what = "belongs to no plain pair of lora_a and lora_b and can't be expressed"
-    else:
-        what = f"is a whole tensor trained beside the pairs: {_MERGE}"
-    return UnsupportedError(what, file=path, tensor=key)

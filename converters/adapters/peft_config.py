@@ -17,17 +17,17 @@ _HARMLESS_INITS = {None, True, False, "gaussian", "eva", "orthogonal"}
 _REFUSED_SWITCHES = {
     "use_dora": "uses DoRA, whose update has no low rank: convert adapter makes the nearest pairs, or merge it",
     "use_qalora": "uses QALoRA, which pools its inputs",
-    "lora_bias": "trains a bias beside lora_B (lora_bias), which no GGUF adapter can hold; merge it with PEFT",
     "layer_replication": "repeats layers of its base model (layer_replication)",
     "kasa_config": "is a KaSA adapter, which changes its base model",
     "monteclora_config": "is a Monteclora adapter, whose weights are random variables",
     "use_bdlora": "is a BD-LoRA adapter, whose matrices are block-diagonal",
     "arrow_config": "is an Arrow router over several adapters",
-    "target_parameters": "targets bare parameters (target_parameters, mixtures of experts), not supported yet",
-    "modules_to_save": "trains whole modules beside its pairs (modules_to_save); merge it with PEFT",
-    "trainable_token_indices": "trains single tokens (trainable_token_indices); merge it with PEFT",
     "fan_in_fan_out": "stores its base weights transposed (fan_in_fan_out, GPT-2's Conv1D), not supported",
 }
+
+_MOST_NAMES = 10_000
+_LONGEST_NAME = 1000
+_BIASES = ("none", "all", "lora_only")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,15 @@ class Meaning:
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The part of adapter_config.json that decides what the pairs mean."""
+    """The part of adapter_config.json that decides what the pairs mean, and what else was trained.
+
+    Attributes:
+        target_parameters: bare parameters that have pairs: names, or their ends behind a dot.
+        modules_to_save: modules that were trained whole: names, or their ends.
+        trains_tokens: whether single tokens were trained (trainable_token_indices).
+        lora_bias: whether every lora_B was trained with a bias.
+        bias: which of the base's biases were trained: none, all or lora_only.
+    """
 
     path: Path
     r: int
@@ -55,9 +63,15 @@ class PeftConfig:
     alpha_pattern: Mapping[str, float]
     base_model_name: str | None
     invocation_tokens: tuple[int, ...]
+    target_parameters: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    trains_tokens: bool
+    lora_bias: bool
+    bias: str
 
     def meanings(self, modules: Sequence[str]) -> dict[str, Meaning]:
-        """Rank and scaling by module, by the names that the adapter's own tensors have.
+        """Rank and scaling by module, by the names that PEFT matches its patterns against: those of the adapter's
+        own tensors, and the parameter's behind them where that is what has the pair.
 
         Raises:
             FormatError: a pattern backtracks without end.
@@ -80,17 +94,15 @@ def parse_peft_config(raw: Mapping[str, Any], path: Path, *, dora: bool = False)
 
     Raises:
         FormatError: a value has the wrong type or is out of range.
-        UnsupportedError: the adapter is not, or not only, plain LoRA pairs.
+        UnsupportedError: the adapter's pairs are not what plain LoRA pairs are. Whatever was trained beside them is
+            no reason.
     """
-    _refuse_what_is_more_than_pairs({**raw, "use_dora": False} if dora else raw, path)
+    _refuse_other_pairs({**raw, "use_dora": False} if dora else raw, path)
     alpha = _number(raw, "lora_alpha", 8, path)
-    rank = raw.get("r", 8)
-    if type(rank) is not int or not 0 < rank < 1 << 20:
-        raise FormatError(f"r is {_shown(rank)}, expected a positive whole number", file=path)
     name = raw.get("base_model_name_or_path")
     return PeftConfig(
         path=path,
-        r=rank,
+        r=_rank(raw, path),
         lora_alpha=alpha,
         use_rslora=_flag(raw, "use_rslora", path),
         use_dora=_flag(raw, "use_dora", path),
@@ -98,10 +110,15 @@ def parse_peft_config(raw: Mapping[str, Any], path: Path, *, dora: bool = False)
         alpha_pattern=_patterns(raw, "alpha_pattern", path),
         base_model_name=name if isinstance(name, str) and name else None,
         invocation_tokens=_tokens(raw.get("alora_invocation_tokens"), path),
+        target_parameters=_names(raw, "target_parameters", path),
+        modules_to_save=_names(raw, "modules_to_save", path),
+        trains_tokens=bool(raw.get("trainable_token_indices")),
+        lora_bias=_flag(raw, "lora_bias", path),
+        bias=_bias(raw, path),
     )
 
 
-def _refuse_what_is_more_than_pairs(raw: Mapping[str, Any], path: Path) -> None:
+def _refuse_other_pairs(raw: Mapping[str, Any], path: Path) -> None:
     kind = raw.get("peft_type")
     if kind is None and "lora_parameters" in raw:
         raise UnsupportedError(
@@ -121,6 +138,13 @@ def _refuse_what_is_more_than_pairs(raw: Mapping[str, Any], path: Path) -> None:
             f"save it converted (PEFT: path_initial_model_for_weight_conversion) and try again",
             file=path,
         )
+
+
+def _rank(raw: Mapping[str, Any], path: Path) -> int:
+    rank = raw.get("r", 8)
+    if type(rank) not in (int, float) or not 0 < rank < 1 << 20 or rank != int(rank):
+        raise FormatError(f"r is {_shown(rank)}, expected a positive whole number", file=path)
+    return int(rank)
 
 
 def _number(raw: Mapping[str, Any], key: str, default: float, path: Path) -> float:
@@ -150,6 +174,26 @@ def _patterns(raw: Mapping[str, Any], key: str, path: Path) -> dict[str, float]:
     if key == "rank_pattern" and not all(value >= 1 and value == int(value) for value in values.values()):
         raise FormatError(f"{key} gives a rank that is no positive whole number", file=path)
     return values
+
+
+def _names(raw: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...]:
+    names = raw.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise FormatError(f"{key} is {_shown(names)}, expected a list of names", file=path)
+    longest = max(map(len, names), default=0)
+    if longest > _LONGEST_NAME or len(names) > _MOST_NAMES:
+        found = f"{key} has {len(names)} names of up to {longest} characters"
+        raise FormatError(f"{found}; at most {_MOST_NAMES} of {_LONGEST_NAME} are read", file=path)
+    return tuple(names)
+
+
+def _bias(raw: Mapping[str, Any], path: Path) -> str:
+    bias = raw.get("bias")
+    if bias is None:
+        return "none"
+    if bias not in _BIASES:
+        raise FormatError(f"bias is {_shown(bias)}, expected one of {', '.join(_BIASES)}", file=path)
+    return str(bias)
 
 
 def _tokens(value: Any, path: Path) -> tuple[int, ...]:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from converters.adapters.gguf_output import GgufOutput
 from converters.adapters.lora import LoraAdapter
-from converters.adapters.output import AdapterOutput, names_of
+from converters.adapters.naming import base_names, conventional_file_name, finetune_of
+from converters.adapters.output import AdapterOutput
+from converters.adapters.peft import CONFIG
 from converters.adapters.peft_output import PeftOutput
-from converters.errors import OutputPathError, UsageError
+from converters.errors import OutputPathError, UsageError, system_reason
 from converters.ggml import OUTTYPES
-from converters.identity import adapter_file_name, identify, plain_name
 from converters.models import ModelDescription
-from converters.paths import resolved
+from converters.paths import is_there, resolved
+
+Kind = Literal["file", "inside", "peft"]
+
+_MODEL_FILES = ("model*.safetensors", "pytorch_model*.bin", "*.gguf")
+_MOST_NAMES = 3
 
 
 def plan_output(
-    out: Path,
+    out: str | Path,
     adapter: LoraAdapter,
     model: ModelDescription,
     *,
@@ -31,8 +38,7 @@ def plan_output(
     """Decides format and names for an output, and checks its place.
 
     Args:
-        out: ends in .gguf for GGUF; otherwise a directory for PEFT, or with `to="gguf"` the directory in which
-            a GGUF file gets its conventional name.
+        out: see `kind_of`.
         model: what the adapter is for.
         label: what a conventional name says about the adapter beside its own name, if anything.
         reads: further files that the run reads, which the output must not replace.
@@ -44,23 +50,56 @@ def plan_output(
     """
     if outtype not in OUTTYPES:
         raise UsageError(f"unknown outtype {outtype!r}; adapters can be {', '.join(OUTTYPES)}")
-    gguf_name = out.suffix.lower() == ".gguf"
-    if to == "peft" and gguf_name:
+    if not str(out):
+        raise UsageError("--out is empty")
+    if to == "peft" and is_gguf_name(out):
         raise UsageError("--to peft writes a directory, and --out ends in .gguf")
-    if to == "gguf" or gguf_name:
-        target = out if gguf_name else out / _conventional_name(adapter, model, label, outtype)
+    kind, target = kind_of(out, to), Path(out)
+    if kind != "peft":
+        if kind == "inside":
+            target /= _conventional_name(adapter, model, label, outtype)
         _refuse_to_overwrite(target, (adapter.tensor_file, *model.sources, *reads))
         return GgufOutput(target, OUTTYPES[outtype], adapter, model, force=force)
     if outtype == "q8_0":
         raise UsageError("PEFT directories hold f32, f16 or bf16; q8_0 is for GGUF")
-    _refuse_to_swallow(out, (adapter.path, *model.sources, *reads))
-    return PeftOutput(out, OUTTYPES[outtype], adapter, model, force=force)
+    _refuse_to_swallow(target, (adapter.path, *model.sources, *reads))
+    _refuse_to_discard(target)
+    return PeftOutput(target, OUTTYPES[outtype], adapter, model, force=force)
+
+
+def kind_of(out: str | Path, to: str | None) -> Kind:
+    """What an output path asks for.
+
+    Returns:
+        `file`: it ends in .gguf, and is that GGUF file.
+        `inside`: a GGUF file named by convention in this directory: with `to="gguf"`, or where `to` is None and it is
+        a directory without an adapter in it, or is to become one since it ends in a separator.
+        `peft`: a PEFT directory.
+    """
+    if is_gguf_name(out):
+        return "file"
+    if to is not None:
+        return "inside" if to == "gguf" else "peft"
+    path = Path(out)
+    if is_there(path):
+        return "inside" if path.is_dir() and not is_there(path / CONFIG) else "peft"
+    return "inside" if _ends_in_separator(out) else "peft"
+
+
+def is_gguf_name(out: str | Path) -> bool:
+    """Whether an output path names a GGUF file."""
+    return Path(out).suffix.lower() == ".gguf" and not _ends_in_separator(out)
+
+
+def _ends_in_separator(out: str | Path) -> bool:
+    """A `Path` never does."""
+    return str(out).endswith((os.sep, os.altsep or os.sep))
 
 
 def _conventional_name(adapter: LoraAdapter, model: ModelDescription, label: str, outtype: str) -> str:
-    base = identify(names_of(adapter, model), model.path)
-    own = plain_name(adapter.path)
-    return adapter_file_name(base, f"{own}-{label}" if label else own, outtype)
+    base = base_names(adapter, model)
+    own = finetune_of(adapter, base)
+    return conventional_file_name(base, "-".join(part for part in (own, label) if part), outtype)
 
 
 def _refuse_to_overwrite(target: Path, inputs: Sequence[Path]) -> None:
@@ -76,3 +115,23 @@ def _refuse_to_swallow(out: Path, inputs: Sequence[Path]) -> None:
     for path in (*inputs, Path.cwd(), Path.home()):
         if resolved(path).is_relative_to(place):
             raise OutputPathError(f"would replace {path} with everything in it; choose another name", file=out)
+
+
+def _refuse_to_discard(out: Path) -> None:
+    """--force swaps a directory whole, so it must be an adapter and nothing more: no one's checkpoints or models."""
+    if not is_there(out) or not out.is_dir():
+        return
+    try:
+        entries = sorted(out.iterdir())
+    except OSError as error:
+        raise OutputPathError(f"can't be looked into: {system_reason(error)}", file=out) from None
+    if not any(entry.name == CONFIG for entry in entries):
+        others, what = entries, "is a directory that is no adapter"
+    else:
+        others = [entry for entry in entries if entry.is_dir() or any(entry.match(form) for form in _MODEL_FILES)]
+        what = "holds more than an adapter"
+    if others:
+        names = ", ".join(entry.name for entry in others[:_MOST_NAMES]) + ", ..." * (len(others) > _MOST_NAMES)
+        raise OutputPathError(
+            f"exists already and {what}: replacing it would delete {names}; choose another name", file=out
+        )

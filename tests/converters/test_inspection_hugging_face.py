@@ -82,12 +82,12 @@ def test_pickled_models_and_adapters_are_told_and_never_opened(tmp_path: Path) -
     found = inspect_path(model)
     assert (found.kind, found.format, found.architecture) == ("model", "pickle", "LlamaForCausalLM")
     assert "pickle" in told(found)
-    adapter = save_adapter(tmp_path / "adapter", pairs(SIZES.modules(), 1), adapter_config(use_dora=True))
+    adapter = save_adapter(tmp_path / "adapter", pairs(SIZES.modules(), 1), adapter_config(use_qalora=True))
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     found = inspect_path(adapter)
     assert (found.kind, found.format, found.tensors) == ("adapter", "peft", ())
     assert len(found.warnings) == 2
-    assert "uses DoRA" in told(found) and "adapter_model.bin: is a pickle" in told(found)
+    assert "uses QALoRA" in told(found) and "adapter_model.bin: is a pickle" in told(found)
     (adapter / "adapter_config.json").write_text(json.dumps(adapter_config()))
     assert inspect_path(adapter).warnings == (f"adapter_model.bin: {refusal(adapter).message}",)
 
@@ -115,12 +115,8 @@ def test_an_adapter_s_fingerprint_is_that_of_other_commands(tmp_path: Path) -> N
 
 
 SETTINGS: dict[str, Any] = {
-    "use_dora": True,
-    "modules_to_save": ["embed_tokens"],
-    "trainable_token_indices": [1],
     "layer_replication": [[0, 1]],
-    "target_parameters": ["experts"],
-    "lora_bias": True,
+    "target_parameters": "experts",
     "init_lora_weights": "pissa",
     "peft_type": "LOHA",
     "lora_alpha": "sixteen",
@@ -128,30 +124,39 @@ SETTINGS: dict[str, Any] = {
 }
 TENSORS: dict[str, tuple[int, ...]] = {
     f"{KEY}.lora_magnitude_vector.weight": (64,),
-    "base_model.model.lm_head.modules_to_save.weight": (8, 8),
-    "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": (1, 64),
-    f"{KEY}.bias": (64,),
-    f"{KEY}.lora_B.bias": (64,),
-    "base_model.model.model.norm.weight": (64,),
     "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": (4, 64),
+    "base_model.model.model.layers.0.mlp.strange": (4, 64),
     "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight": (0,),
     "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight": (0,),
     "base_model.model.model.layers.2.mlp.up_proj.lora_A.weight": (7, 64),
     "base_model.model.model.layers.2.mlp.up_proj.lora_B.weight": (96, 7),
 }
+LOST: dict[str, tuple[int, ...]] = {
+    "base_model.model.lm_head.modules_to_save.weight": (8, 8),
+    "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": (1, 64),
+    f"{KEY}.bias": (64,),
+    f"{KEY}.lora_B.bias": (64,),
+    "base_model.model.model.norm.weight": (64,),
+}
+LOST_SETTINGS: dict[str, Any] = {
+    "modules_to_save": ["embed_tokens"], "trainable_token_indices": [1], "lora_bias": True, "bias": "all",
+}  # fmt: skip
 
 
 def refusal(adapter: Path) -> InputError:
     with pytest.raises(InputError) as caught:
-        open_peft(adapter)
+        open_peft(adapter, dora=True)
     return caught.value
 
 
+def zeros(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(*shape) for name, shape in shapes.items()}
+
+
 def test_everything_that_other_commands_refuse_in_a_peft_adapter_is_told_at_once(tmp_path: Path) -> None:
-    good = pairs({MODULE: (64, 64)}, 1)
-    odd = {name: torch.zeros(*shape) for name, shape in TENSORS.items()}
+    good, odd = pairs({MODULE: (64, 64)}, 1), zeros(TENSORS)
     settings = {key: value for key, value in SETTINGS.items() if key != "lora_alpha"}
-    found = inspect_path(save_adapter(tmp_path / "all", good | odd, adapter_config(**settings)))
+    found = inspect_path(save_adapter(tmp_path / "all", good | odd | zeros(LOST), adapter_config(**settings)))
     for key, value in settings.items():
         alone = refusal(save_adapter(tmp_path / key, good, adapter_config(**{key: value})))
         assert alone.message in told(found), key
@@ -164,6 +169,74 @@ def test_everything_that_other_commands_refuse_in_a_peft_adapter_is_told_at_once
         assert alone.message in told(found), name
     assert MODULE in [module.name for module in found.modules]
     assert all(module.scaling is None for module in found.modules)
+
+
+def test_everything_that_other_commands_leave_out_is_told_beside_what_they_refuse(tmp_path: Path) -> None:
+    good, lost = pairs({MODULE: (64, 64)}, 1), zeros(LOST)
+    losses = open_peft(save_adapter(tmp_path / "lost", good | lost, adapter_config(**LOST_SETTINGS))).losses
+    assert len(losses) == len(LOST) + 1  # all tensors, and the embedding that is announced
+    assert inspect_path(tmp_path / "lost").warnings == losses
+    found = inspect_path(save_adapter(tmp_path / "all", good | lost | zeros(TENSORS), adapter_config(**LOST_SETTINGS)))
+    assert set(losses) < set(found.warnings) and refusal(tmp_path / "all").message in told(found)
+
+
+def test_dora_is_a_note_and_its_pairs_are_told(tmp_path: Path) -> None:
+    tensors = pairs(SIZES.modules(), 1)
+    lengths = {f"base_model.model.{name}.lora_magnitude_vector": torch.ones(out) for name, (out, _) in
+               SIZES.modules().items()}  # fmt: skip
+    adapter = save_adapter(tmp_path / "a", tensors | lengths, adapter_config(use_dora=True))
+    assert open_peft(adapter, dora=True).magnitudes.keys() == SIZES.modules().keys()
+    found = inspect_path(adapter)
+    assert found.warnings == () and any("uses DoRA" in note for note in found.notes)
+    assert {module.name: module.rank for module in found.modules} == dict.fromkeys(SIZES.modules(), 4)
+    lengths[f"{KEY}.lora_magnitude_vector"] = torch.ones(63)
+    del lengths[f"base_model.model.{MODULE.replace('q_proj', 'v_proj')}.lora_magnitude_vector"]
+    lengths["base_model.model.x.lora_magnitude_vector"] = torch.ones(4)
+    found = inspect_path(save_adapter(tmp_path / "b", tensors | lengths, adapter_config(use_dora=True)))
+    for part in (f"{KEY}.lora_magnitude_vector: has 63 values", "has no magnitudes", "has magnitudes and no pair"):
+        assert part in told(found)
+    assert len(found.warnings) == 3
+
+
+EXPERTS = "model.layers.0.mlp.experts"
+STACKS = {EXPERTS: (8, 6), f"{EXPERTS}.base_layer": (12, 8)}  # down_proj around gate_up_proj, three experts of rank 4
+
+
+def test_a_stack_of_experts_is_one_module(tmp_path: Path) -> None:
+    tensors = pairs(STACKS, 1, r=12) | pairs({MODULE: (64, 64)}, 1)
+    settings = adapter_config(target_parameters=["experts.down_proj", "experts.gate_up_proj"])
+    adapter = save_adapter(tmp_path / "a", tensors, settings)
+    opened, found = open_peft(adapter), inspect_path(adapter)
+    assert found.warnings == () and [module.name for module in found.modules] == list(
+        dict.fromkeys(pair.weight for pair in opened.pairs.values())
+    )
+    for module in found.modules[:2]:
+        pair = opened.pairs[f"{module.name}[2]"]
+        assert (module.key, module.rank, module.scaling, module.shape) == (pair.key, 4, pair.scaling, pair.shape)
+        assert module.experts == 3
+    assert found.modules[2].name == MODULE and found.modules[2].experts is None
+
+
+@pytest.mark.parametrize(
+    ("targets", "stray", "rank", "expected"),
+    [
+        (["experts.down_proj", "experts.gate_up_proj"], True, 4, [f"{EXPERTS}.down_proj", f"{EXPERTS}.gate_up_proj"]),
+        (["experts.down_proj"], False, 4, []),
+        ([], False, 4, []),
+        (["experts.down_proj", "experts.gate_up_proj"], False, "four", []),
+    ],
+    ids=["beside a stray tensor", "a target too few", "no targets", "no rank"],
+)
+def test_nested_pairs_are_never_read_apart(
+    targets: list[str], stray: bool, rank: object, expected: list[str], tmp_path: Path
+) -> None:
+    """Each alone would be taken for a pair on the module's own weight, or for the other parameter's."""
+    tensors = pairs(STACKS, 1, r=12) | pairs({MODULE: (64, 64)}, 1) | ({"stray": torch.zeros(1)} if stray else {})
+    adapter = save_adapter(tmp_path / "a", tensors, adapter_config(target_parameters=targets) | {"r": rank})
+    found = inspect_path(adapter)
+    assert refusal(adapter).message in told(found) and len(found.warnings) == 1
+    assert [module.name for module in found.modules] == [*expected, MODULE]
+    assert [module.shape for module in found.modules[:-1]] == ([(8, 6), (12, 8)] if expected else [])
 
 
 def test_ranks_that_contradict_the_configuration(tmp_path: Path) -> None:
@@ -235,18 +308,34 @@ def test_everything_that_other_commands_refuse_in_an_mlx_adapter_is_told_at_once
         "model.norm.weight": torch.zeros(64),
         "model.layers.1.mlp.up_proj.lora_a": torch.zeros(64, 4),
         "model.layers.2.mlp.up_proj.lora_a": torch.zeros(2, 64, 4),
+        "model.layers.2.mlp.up_proj.lora_b": torch.zeros(2, 96, 4),
     }
-    settings = {"fine_tune_type": "dora", "use_dora": True, "lora_parameters": {"rank": 0, "scale": "much"}}
+    settings = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": {"rank": 0, "scale": "much"}}
     found = inspect_path(save_mlx(tmp_path / "a", MLX | odd, **settings))
-    for part in ("uses DoRA", "rank is 0", "scale is 'much'", "holds DoRA magnitudes", "whole tensor trained",
-                 "has a lora_a but no lora_b", "stacked experts"):  # fmt: skip
+    for part in ("rank is 0", "scale is 'much'", "holds DoRA magnitudes", "whole tensor trained",
+                 "has a lora_a but no lora_b", "expected (experts, r, in)"):  # fmt: skip
         assert part in told(found)
     assert [(module.name, module.scaling) for module in found.modules] == [(MODULE, None)]
 
 
-def test_a_dora_setting_alone_leaves_the_scale_known(tmp_path: Path) -> None:
-    found = inspect_path(save_mlx(tmp_path / "a", MLX, **(LORA | {"fine_tune_type": "dora"})))
-    assert "uses DoRA" in told(found) and found.modules[0].scaling == 2.5
+def test_mlx_s_dora_is_a_note(tmp_path: Path) -> None:
+    dora = LORA | {"fine_tune_type": "dora"}
+    found = inspect_path(save_mlx(tmp_path / "sound", MLX | {f"{MODULE}.m": torch.ones(96)}, **dora))
+    assert found.warnings == () and any("uses DoRA" in note for note in found.notes)
+    assert [(module.name, module.rank, module.scaling) for module in found.modules] == [(MODULE, 4, 2.5)]
+    lost = {f"{MODULE}.m": torch.ones(95), "model.layers.1.mlp.up_proj.m": torch.ones(96)}
+    found = inspect_path(save_mlx(tmp_path / "lost", MLX | lost, **dora))
+    assert "expected one value for each of 96 rows" in told(found) and "has magnitudes and no pair" in told(found)
+    assert any("uses DoRA" in note for note in found.notes) and found.modules[0].scaling == 2.5
+
+
+@pytest.mark.parametrize("stray", [False, True])
+def test_a_stack_of_mlx_s_is_one_module(stray: bool, tmp_path: Path) -> None:
+    stack = "model.layers.0.mlp.switch_mlp.up_proj"
+    tensors = {f"{stack}.lora_a": torch.zeros(3, 4, 64), f"{stack}.lora_b": torch.zeros(3, 96, 4)}
+    found = inspect_path(save_mlx(tmp_path / "a", tensors | MLX | ({"stray": torch.zeros(1)} if stray else {}), **LORA))
+    assert [(module.name, module.experts) for module in found.modules] == [(stack, 3), (MODULE, None)]
+    assert found.modules[0].shape == (96, 64) and found.modules[0].rank == 4 and len(found.warnings) == stray
 
 
 def test_halves_under_another_name_are_no_model(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def test_what_the_configuration_says(tmp_path: Path) -> None:
     assert adapter.pairs[Q0].tensors == (f"{Q0}.lora_a", f"{Q0}.lora_b")
     assert adapter.nbytes == (tmp_path / "adapter" / "adapters.safetensors").stat().st_size
     assert (adapter.peft_config, dict(adapter.frozen_tables), adapter.invocation_tokens) == (None, {}, ())
+    assert dict(adapter.magnitudes) == {}
 
 
 def test_modules_come_in_natural_order_and_without_wrapping(tmp_path: Path) -> None:
@@ -132,6 +133,104 @@ def test_ranks_may_differ_where_the_configuration_names_none(tmp_path: Path) -> 
     assert adapter.lora_alpha == 21.0
 
 
+GATE = "model.layers.0.mlp.switch_mlp.gate_proj"
+EXPERTS = 11
+
+
+def stacks(experts: int = EXPERTS, *, old: bool = False) -> dict[str, torch.Tensor]:
+    """lora_a and lora_b of a LoRASwitchLinear of experts (96, 64); up to mlx-lm 0.19 lora_a had two dimensions."""
+    generator = torch.Generator().manual_seed(6)
+    lora_a = torch.randn(experts, 4, 64, generator=generator)
+    lora_b = torch.randn(experts, 96, 4, generator=generator)
+    return {f"{GATE}.lora_a": lora_a.reshape(-1, 64) if old else lora_a, f"{GATE}.lora_b": lora_b}
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_the_delta_of_every_expert(old: bool, tmp_path: Path) -> None:
+    tensors = stacks(old=old)
+    adapter = open_mlx(save(tmp_path, tensors))
+    lora_a, lora_b = tensors[f"{GATE}.lora_a"].double(), tensors[f"{GATE}.lora_b"].double()
+    expected = (20.0 * lora_b) @ lora_a.reshape(EXPERTS, -1, 64)  # LoRASwitchLinear.fuse
+    assert list(adapter.pairs) == [f"{GATE}[{expert}]" for expert in range(EXPERTS)]
+    for expert, (module, pair) in enumerate(adapter.pairs.items()):
+        assert (pair.expert, pair.weight, pair.key, pair.shape, pair.rank) == (expert, GATE, GATE, (96, 64), 4)
+        assert pair.tensors == (f"{GATE}.lora_a", f"{GATE}.lora_b") and not pair.embedding
+        assert torch.allclose(delta(adapter, module), expected[expert], rtol=1e-12, atol=1e-12), module
+
+
+def test_only_one_experts_part_is_read(tmp_path: Path) -> None:
+    adapter = open_mlx(save(tmp_path, stacks()))
+    assert [half.untyped_storage().nbytes() for half in adapter.load(f"{GATE}[7]")] == [4 * 64 * 4, 96 * 4 * 4]
+
+
+def test_experts_beside_ordinary_pairs(tmp_path: Path) -> None:
+    wrapped = {f"language_model.{name}": tensor for name, tensor in stacks(2).items()}
+    adapter = open_mlx(save(tmp_path, {**halves(MODULES), **wrapped}))
+    assert set(adapter.pairs) == {*MODULES, f"{GATE}[0]", f"{GATE}[1]"}
+    assert adapter.pairs[f"{GATE}[1]"].key == f"language_model.{GATE}"
+    assert torch.equal(adapter.load(f"{GATE}[1]")[0], stacks(2)[f"{GATE}.lora_a"][1])
+
+
+def test_more_experts_than_any_model_has(tmp_path: Path) -> None:
+    tensors = {}
+    for layer in range(25):  # 25 * 4096 > 100,000
+        tensors[f"model.layers.{layer}.up.lora_a"] = torch.zeros(4096, 4, 1)
+        tensors[f"model.layers.{layer}.up.lora_b"] = torch.zeros(4096, 1, 4)
+    with pytest.raises(FormatError, match="more than 100000 pairs"):
+        open_mlx(save(tmp_path, tensors))
+
+
+DORA = {**SETTINGS, "fine_tune_type": "dora"}
+
+
+def dora(modules: Mapping[str, tuple[int, int]], rows: int = 128) -> dict[str, torch.Tensor]:
+    """Pairs and magnitudes of linear weights and of an embedding table (rows, 64), as DoRALinear and DoRAEmbedding
+    have them: `mx.linalg.norm(weight, axis=1)` to begin with, one number for each row of either."""
+    table = {f"{TABLE}.lora_a": torch.randn(rows, 4), f"{TABLE}.lora_b": torch.randn(4, 64)}
+    lengths = {f"{module}.m": torch.rand(shape[0]) for module, shape in {**modules, TABLE: (rows, 64)}.items()}
+    return {**halves(modules), **table, **lengths}
+
+
+# `use_dora` is what mlx-lm 0.14 to 0.18 wrote.
+@pytest.mark.parametrize("settings", [DORA, {"lora_layers": 16, "use_dora": True, "lora_parameters": {"scale": 20.0}}])
+def test_dora_is_opened_where_it_is_asked_for(settings: dict[str, Any], tmp_path: Path) -> None:
+    tensors = dora(MODULES)
+    path = save(tmp_path, tensors, settings)
+    adapter = open_mlx(path, dora=True)
+    assert set(adapter.pairs) == set(adapter.magnitudes) == {*MODULES, TABLE}
+    assert torch.equal(adapter.load_magnitude(Q0), tensors[f"{Q0}.m"])
+    assert torch.equal(adapter.load_magnitude(TABLE), tensors[f"{TABLE}.m"].reshape(1, 128))
+    with pytest.raises(UnsupportedError, match="DoRA"):
+        open_mlx(path)
+
+
+def test_fine_tune_type_alone_decides_where_it_stands(tmp_path: Path) -> None:
+    """As load_adapters reads it since mlx-lm 0.19."""
+    adapter = open_mlx(save(tmp_path, halves(MODULES), {**SETTINGS, "use_dora": True}))
+    assert dict(adapter.magnitudes) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "tensor"),
+    [
+        ({f"{Q0}.m": None}, f"{Q0}.lora_a"),
+        ({f"{Q0}.m": torch.ones(63)}, f"{Q0}.m"),
+        ({f"{Q0}.m": torch.ones(64, 1)}, f"{Q0}.m"),
+        ({f"{TABLE}.m": torch.ones(64)}, f"{TABLE}.m"),
+        ({f"{Q0}.m": torch.ones(64, dtype=torch.int32)}, f"{Q0}.m"),
+        ({"model.layers.99.mlp.up_proj.m": torch.ones(96)}, "model.layers.99.mlp.up_proj.m"),
+        (stacks(2), f"{GATE}.lora_a"),  # linear_to_lora_layers refuses DoRA on a SwitchLinear
+        ({**stacks(2), f"{GATE}.m": torch.ones(96)}, f"{GATE}.lora_a"),
+    ],
+)
+def test_magnitudes_that_do_not_fit(change: dict[str, torch.Tensor | None], tensor: str, tmp_path: Path) -> None:
+    tensors = {name: value for name, value in {**dora(MODULES), **change}.items() if value is not None}
+    path = save(tmp_path, tensors, DORA)
+    with pytest.raises((FormatError, UnsupportedError)) as caught:
+        open_mlx(path, dora=True)
+    assert (caught.value.file, caught.value.tensor) == (str(path / "adapters.safetensors"), tensor)
+
+
 PAIR = {f"{Q0}.lora_a": (64, 4), f"{Q0}.lora_b": (4, 64)}
 K0 = "model.layers.0.self_attn.k_proj"
 
@@ -150,12 +249,13 @@ K0 = "model.layers.0.self_attn.k_proj"
         ({f"{K0}.lora_a": (64, 5), f"{K0}.lora_b": (5, 32)}, FormatError, f"{K0}.lora_a"),
         ({f"{K0}.lora_a": (64,), f"{K0}.lora_b": (4, 32)}, FormatError, f"{K0}.lora_a"),
         ({f"{K0}.lora_a": (64, 4), f"{K0}.lora_b": (4, 0)}, FormatError, f"{K0}.lora_b"),
-        ({f"{K0}.lora_a": (2, 4, 64), f"{K0}.lora_b": (2, 32, 4)}, UnsupportedError, f"{K0}.lora_a"),
-        (
-            {f"{K0}.lora_a": (8, 64), f"{K0}.lora_b": (2, 32, 4)},
-            UnsupportedError,
-            f"{K0}.lora_b",
-        ),  # mlx-lm before stacks had three dimensions
+        ({f"{K0}.lora_a": (2, 4, 64), f"{K0}.lora_b": (4, 32)}, FormatError, f"{K0}.lora_a"),
+        ({f"{K0}.lora_a": (2, 4, 64), f"{K0}.lora_b": (3, 32, 4)}, FormatError, f"{K0}.lora_a"),
+        ({f"{K0}.lora_a": (2, 64, 4), f"{K0}.lora_b": (2, 32, 4)}, FormatError, f"{K0}.lora_a"),
+        ({f"{K0}.lora_a": (9, 64), f"{K0}.lora_b": (2, 32, 4)}, FormatError, f"{K0}.lora_a"),
+        ({f"{K0}.lora_a": (64,), f"{K0}.lora_b": (2, 32, 4)}, FormatError, f"{K0}.lora_a"),
+        ({f"{K0}.lora_a": (2, 5, 64), f"{K0}.lora_b": (2, 32, 5)}, FormatError, f"{K0}.lora_a"),
+        ({f"{K0}.lora_a": (4097, 4, 1), f"{K0}.lora_b": (4097, 1, 4)}, FormatError, f"{K0}.lora_b"),
         ({f"language_model.{Q0}.{half}": PAIR[f"{Q0}.{half}"] for half in ("lora_a", "lora_b")}, FormatError, None),
     ],
 )
@@ -173,7 +273,7 @@ def test_more_or_less_than_pairs_is_refused(
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        ({**SETTINGS, "fine_tune_type": "dora"}, UnsupportedError, "DoRA"),
+        ({**SETTINGS, "fine_tune_type": "dora"}, UnsupportedError, "nearest pairs"),
         ({**SETTINGS, "fine_tune_type": "full"}, UnsupportedError, "whole trained tensors"),
         ({**SETTINGS, "fine_tune_type": ["lora"]}, UnsupportedError, "fine_tune_type is"),
         ({"lora_layers": 16, "use_dora": True, "lora_parameters": {"scale": 1.0}}, UnsupportedError, "DoRA"),
@@ -257,6 +357,25 @@ def test_as_mlx_lm_fuses(tmp_path: Path) -> None:
         expected = torch.tensor(layer.fuse().weight.tolist(), dtype=torch.float64)
         error = (delta(adapter, module) - expected).norm() / expected.norm()
         assert error < 1e-6, module  # mlx computes in float32
+
+
+@pytest.mark.conformance
+def test_as_mlx_lm_fuses_experts(tmp_path: Path) -> None:
+    mx = pytest.importorskip("mlx.core")
+    pytest.importorskip("mlx_lm")
+    from mlx_lm.models.switch_layers import SwitchLinear
+    from mlx_lm.tuner.lora import LoRASwitchLinear
+
+    layer = LoRASwitchLinear.from_base(SwitchLinear(64, 96, 5), r=4, scale=20.0)
+    layer.linear.weight = mx.zeros(layer.linear.weight.shape)
+    layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(1))
+    directory = save(tmp_path, {})
+    tensors = {f"{GATE}.lora_a": layer.lora_a, f"{GATE}.lora_b": layer.lora_b}
+    mx.save_safetensors(str(directory / "adapters.safetensors"), tensors)
+    adapter = open_mlx(directory)
+    expected = torch.tensor(layer.fuse().weight.tolist(), dtype=torch.float64)
+    found = torch.stack([delta(adapter, f"{GATE}[{expert}]") for expert in range(5)])
+    assert (found - expected).norm() / expected.norm() < 1e-6
 
 
 def save_by_mlx_lm(directory: Path, parameters: dict[str, Any]) -> dict[str, Any]:

@@ -99,6 +99,28 @@ def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
         open_peft(save_adapter(tmp_path / "adapter", tensors, adapter_config()))
 
 
+def test_a_rank_may_be_a_whole_float(tmp_path: Path) -> None:
+    assert _open(tmp_path, r=4.0).pairs[Q0].rank == 4
+
+
+@pytest.mark.parametrize("rank", [4.5, True, float("nan"), -4.0, 1e300, "4", None])
+def test_other_ranks_are_refused(rank: Any, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="expected a positive whole number"):
+        _open(tmp_path, r=rank)
+
+
+@pytest.mark.parametrize("key", ["target_parameters", "modules_to_save"])
+@pytest.mark.parametrize("value", ["lm_head", [1], [""], {"lm_head": 1}, ["x" * 1001], ["x"] * 10_001])
+def test_lists_of_names_that_are_none(key: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=key):
+        _open(tmp_path, **{key: value})
+
+
+def test_a_bias_of_no_known_kind(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="bias is 'some', expected one of none, all, lora_only"):
+        _open(tmp_path, bias="some")
+
+
 def test_aloras_tokens_are_read(tmp_path: Path) -> None:
     assert _open(tmp_path, alora_invocation_tokens=[1, 2, 3]).invocation_tokens == (1, 2, 3)
 

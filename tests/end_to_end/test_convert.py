@@ -172,7 +172,7 @@ def test_a_directory_gets_a_file_named_by_convention(tmp_path: Path) -> None:
     model = configured(tmp_path / "model")
     told = run(source, "--out", tmp_path / "out", "--to", "gguf", "--base", model, "--outtype", "f16")
     assert told["exit"] == 0
-    assert Path(told["output"]["path"]).name == "Llama-2-7B-chat-hf-poet-F16-LoRA.gguf"
+    assert Path(told["output"]["path"]).name == "Llama-2-7B-chat-poet-F16-LoRA.gguf"
     fields = GGUFReader(told["output"]["path"]).fields
     assert fields["general.base_model.0.repo_url"].contents() == "https://huggingface.co/meta-llama/Llama-2-7b-chat-hf"
 
@@ -210,7 +210,7 @@ def test_the_model_card_travels(tmp_path: Path) -> None:
     assert run(source, "--out", tmp_path / "out.gguf", "--base", model)["exit"] == 0
     fields = {name: field.contents() for name, field in GGUFReader(tmp_path / "out.gguf").fields.items()}
     assert fields["general.license"] == "llama2"
-    assert fields["general.tags"] == ["lora", "poetry"]
+    assert fields["general.tags"] == ["lora", "poetry", "no"]
     assert fields["general.languages"] == ["en"]
     assert fields["general.base_model.0.name"] == "Llama-2-7b-chat-hf"
     assert fields["general.base_model.0.organization"] == "meta-llama"

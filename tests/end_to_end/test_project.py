@@ -140,7 +140,7 @@ def test_to_gguf_names_the_file_by_convention(trio: Trio, tmp_path: Path) -> Non
     config["base_model_name_or_path"] = "meta-llama/Llama-2-7b-chat-hf"
     (trio.adapter / "adapter_config.json").write_text(json.dumps(config))
     report = _project(trio, tmp_path / "outputs", "--to", "gguf", "--outtype", "f16")
-    assert Path(report["output"]["path"]).name == "Llama-2-7B-chat-hf-adapter-SafeLoRA-F16-LoRA.gguf"
+    assert Path(report["output"]["path"]).name == "Llama-2-7B-chat-adapter-SafeLoRA-F16-LoRA.gguf"
     fields = GGUFReader(report["output"]["path"]).fields
     assert fields["general.base_model.0.organization"].contents() == "meta-llama"
     assert fields["general.base_model.0.repo_url"].contents() == "https://huggingface.co/meta-llama/Llama-2-7b-chat-hf"

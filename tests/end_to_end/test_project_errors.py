@@ -201,31 +201,14 @@ CASES: dict[str, tuple[Damage, str]] = {
         ),
         "DoRA",
     ),
-    "modules_to_save": (
-        _adapter_tensors(
-            lambda tensors: tensors.update({"base_model.model.lm_head.modules_to_save.weight": torch.ones(4, 4)})
-        ),
-        "modules_to_save",
-    ),
-    "whole head": (
-        _adapter_tensors(lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(4, 4)})),
-        "can't be expressed",
-    ),
     "a resized head saved along": (
         _adapter_tensors(lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.ones(4, 4)})),
         "vocabulary was resized",
-    ),
-    "trained bias": (
-        _adapter_tensors(lambda t: t.update({QA.replace("lora_A.weight", "bias"): torch.ones(64)})),
-        "bias",
     ),
     "not gathered": (_adapter_tensors(lambda t: t.update({QA: torch.empty(0)})), "gathering"),
     "IA3": (_adapter_setting(peft_type="IA3"), "only LORA"),
     "PiSSA": (_adapter_setting(init_lora_weights="pissa"), "pissa"),
     "layer_replication": (_adapter_setting(layer_replication=[[0, 2]]), "layer_replication"),
-    "lora_bias": (_adapter_setting(lora_bias=True), "lora_bias"),
-    "modules_to_save in the config": (_adapter_setting(modules_to_save=["lm_head"]), "modules_to_save"),
-    "trained tokens in the config": (_adapter_setting(trainable_token_indices=[1]), "trainable_token_indices"),
     "one module under two names": (
         _model_tensors("base", lambda t: t.update({Q.replace("model.", "model.language_model.", 1): t[Q].clone()})),
         "stands twice",
