@@ -70,13 +70,17 @@ def check_adapted(model: Model, adapter: LoraAdapter) -> None:
         MismatchError: the adapter is for another model. UnsupportedError: it adapts a tied head, or new tokens.
     """
     names, stacks = _by_module(model), _stacks(adapter)
-    packed = {name.rpartition(".")[0] for name in map(canonical, model.infos)}
-    if isinstance(model, ConvertedModel):
-        packed = model.packed_modules()
-    _all_there(model, adapter, {*names, *packed})
+    _all_there(model, adapter, {*names, *_packed(model)})
     for pair in adapter.pairs.values():
         if pair.weight in names and _is_readable(model, names[pair.weight]):
             _fits(pair, model, names[pair.weight], adapter, stacks.get(pair.weight))
+
+
+def _packed(model: Model) -> set[str]:
+    """Modules whose weights may be there in a packed form."""
+    if isinstance(model, ConvertedModel):
+        return model.packed_modules()
+    return {name.rpartition(".")[0] for name in map(canonical, model.infos)}
 
 
 def _is_readable(model: Model, tensor: str) -> bool:
@@ -97,6 +101,11 @@ def _all_there(model: Model, adapter: LoraAdapter, names: Container[str]) -> Non
             f"adapts the output head, which in {model.path} is the embedding (tied); merge the adapter into the model",
             file=adapter.tensor_file,
             tensor=first.tensors[0],
+        )
+    if first.weight in _packed(model):
+        raise UnsupportedError(
+            f"stores {first.weight} in a packed form that is not read; take a GGUF file of the same model",
+            file=model.path,
         )
     raise MismatchError(
         f"{len(missing)} of {len(adapter.pairs)} adapted modules have no weight in {model.path}; the first is "

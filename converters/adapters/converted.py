@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.adapters.lora import LoraAdapter, LoraPair
+from converters.adapters.peft import PeftAdapter
 from converters.architectures import Architecture, Destination, Rule
-from converters.architectures.transforms import SwapFactors
+from converters.architectures.transforms import StoredTransposed, SwapFactors
 from converters.bridge import Bridge
 from converters.errors import FormatError, MismatchError, UnsupportedError
 from converters.models import Layout
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _INWARD = ("ffn_gate_exps", "ffn_up_exps")
 _OUTWARD = ("ffn_down_exps",)
+_ORDER_KNOWN = (0, 19)  # the PEFT from which on stacks have their model's order
 
 
 def places_in_gguf(architecture: Architecture, pair: LoraPair, adapter: Path) -> tuple[Destination, ...]:
@@ -194,19 +196,28 @@ class ConvertedAdapter:
     def _oriented(self, pair: LoraPair, place: Destination) -> Rule:
         """The rule for a pair as it is.
 
-        Older versions of PEFT took every stack of experts for (experts, in, out): its factors have changed places
-        where a model has (experts, out, in). A's columns then are not as many as the weight has inputs.
+        PEFT before 0.19 took every stack of experts for (experts, in, out): its factors have changed places where a
+        model has (experts, out, in). A's columns then are not as many as the weight has inputs, or where these are as
+        many as its outputs, the version that wrote the adapter tells.
         """
         width, kind = self.bridge.width, place.name.rpartition(".")[2]
         if not (place.rule.stacked and width and kind in (*_INWARD, *_OUTWARD)):
             return place.rule
         inner, outer = (pair.shape[1], pair.shape[0]) if kind in _INWARD else pair.shape
+        swapped = replace(place.rule, transforms=(SwapFactors(), *place.rule.transforms))
+        if inner == outer == width:
+            in_order = any(isinstance(transform, StoredTransposed) for transform in place.rule.transforms)
+            return swapped if self._unaware_of_order() and not in_order else place.rule
         if inner == width:
             return place.rule
         if outer == width:
-            return replace(place.rule, transforms=(SwapFactors(), *place.rule.transforms))
+            return swapped
         message = f"is a pair for experts of {list(pair.shape)}, and the model is {width} wide: it is for another model"
         raise MismatchError(message, file=self.path, tensor=pair.tensors[0])
+
+    def _unaware_of_order(self) -> bool:
+        """Whether the adapter was written by a PEFT that took all stacks for (experts, in, out)."""
+        return isinstance(self.source, PeftAdapter) and self.source.config.peft_version < _ORDER_KNOWN
 
     def _check_stacks(self) -> None:
         """That stacks which a file has whole are the model's."""

@@ -13,7 +13,7 @@ from converters.adapters.peft_parameters import Tell, notes_on_targets, stop
 from converters.errors import FileMissingError, UnsupportedError
 from converters.fingerprint import fingerprint
 from converters.models import Layout
-from converters.paths import existing, is_there, parse_json_object, read_bytes
+from converters.paths import existing, is_there, parse_json_object, read_bytes, without_collecting
 from converters.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ def open_peft(path: str | Path, *, dora: bool = False) -> PeftAdapter:
     weights = directory / WEIGHTS
     if not is_there(weights) and is_there(directory / "adapter_model.bin"):
         raise refused_pickle(directory)
-    return PeftAdapter(directory, config_bytes, config, SafetensorsFile(weights))
+    with without_collecting():
+        return PeftAdapter(directory, config_bytes, config, SafetensorsFile(weights))
 
 
 def refused_pickle(directory: Path) -> UnsupportedError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ class PeftConfig:
     """The part of adapter_config.json that decides what the pairs mean, and what else was trained.
 
     Attributes:
+        peft_version: of the PEFT that wrote it, 0.21.2 as (0, 21, 2); before 0.18 it said nothing: ().
         target_parameters: bare parameters that have pairs: names, or their ends behind a dot.
         modules_to_save: modules that were trained whole: names, or their ends.
         trains_tokens: whether single tokens were trained (trainable_token_indices).
@@ -62,6 +64,7 @@ class PeftConfig:
     rank_pattern: Mapping[str, float]
     alpha_pattern: Mapping[str, float]
     base_model_name: str | None
+    peft_version: tuple[int, ...]
     invocation_tokens: tuple[int, ...]
     target_parameters: tuple[str, ...]
     modules_to_save: tuple[str, ...]
@@ -76,14 +79,19 @@ class PeftConfig:
         Raises:
             FormatError: a pattern backtracks without end.
         """
+        if not self.rank_pattern and not self.alpha_pattern:
+            return dict.fromkeys(modules, self._meaning(self.r, self.lora_alpha))
         ranks = first_matches(list(self.rank_pattern), modules, self.path)
         alphas = first_matches(list(self.alpha_pattern), modules, self.path)
         meanings = {}
         for module in modules:
             rank = int(self.rank_pattern[ranks[module]]) if module in ranks else self.r
             alpha = self.alpha_pattern[alphas[module]] if module in alphas else self.lora_alpha
-            meanings[module] = Meaning(rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
+            meanings[module] = self._meaning(rank, alpha)
         return meanings
+
+    def _meaning(self, rank: int, alpha: float) -> Meaning:
+        return Meaning(rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
 
 
 def parse_peft_config(raw: Mapping[str, Any], path: Path, *, dora: bool = False) -> PeftConfig:
@@ -108,6 +116,7 @@ def parse_peft_config(raw: Mapping[str, Any], path: Path, *, dora: bool = False)
         use_dora=_flag(raw, "use_dora", path),
         rank_pattern=_patterns(raw, "rank_pattern", path),
         alpha_pattern=_patterns(raw, "alpha_pattern", path),
+        peft_version=_version(raw.get("peft_version")),
         base_model_name=name if isinstance(name, str) and name else None,
         invocation_tokens=_tokens(raw.get("alora_invocation_tokens"), path),
         target_parameters=_names(raw, "target_parameters", path),
@@ -206,3 +215,9 @@ def _tokens(value: Any, path: Path) -> tuple[int, ...]:
 
 def _shown(value: Any) -> str:
     return repr(value)[:80]
+
+
+def _version(value: Any) -> tuple[int, ...]:
+    """The leading numbers of "0.18.2.dev0@fb8c"."""
+    found = re.match(r"\d{1,4}(?:\.\d{1,4})*", value) if isinstance(value, str) else None
+    return tuple(int(part) for part in found[0].split(".")) if found else ()

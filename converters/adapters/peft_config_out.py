@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from converters.names import natural_order
 
+_WRITTEN_AS = "0.19.0"  # stacks have their model's order from this PEFT on, which readers can't always tell from shapes
+
 _T = TypeVar("_T", int, float)
 
 
@@ -67,6 +69,7 @@ def peft_config_for(
     }
     if any(entry.parameter for entry in ordered):
         config["target_parameters"] = [entry.module for entry in ordered if entry.parameter]
+        config["peft_version"] = _WRITTEN_AS
     if invocation_tokens:
         config["alora_invocation_tokens"] = list(invocation_tokens)
     return (json.dumps(config, indent=2, allow_nan=False) + "\n").encode("ascii")

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,12 +59,12 @@ class Upstream:
     """The aligned model (F32) and adapters by (kind, outtype), as upstream's converters write them.
 
     Attributes:
-        failures: what ended upstream's converters.
+        failures: what ended upstream's converters, by the name of the file that they were to write.
     """
 
     model: Path
     adapters: Mapping[tuple[str, str], Path]
-    failures: tuple[str, ...] = ()
+    failures: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_family(architecture: str, root: Path) -> Family:
@@ -93,23 +93,28 @@ def convert_upstream(family: Family, llama_cpp: Path) -> Upstream:
     return upstream
 
 
-def convert_upstream_each(families: Sequence[Family], llama_cpp: Path) -> Mapping[str, Upstream]:
-    """Has upstream convert the plain adapters of several families in one process, whatever fails on the way."""
-    plans = [_plan(family, (("plain", "f32"),)) for family in families]
+def convert_upstream_each(
+    families: Sequence[Family], llama_cpp: Path, kinds: Sequence[tuple[str, str]] = (("plain", "f32"),)
+) -> Mapping[str, Upstream]:
+    """Has upstream convert the models and adapters of several families in one process, whatever fails on the way."""
+    plans = [_plan(family, kinds) for family in families]
     failures = iter(
         json.loads(_run_upstream(llama_cpp, "upstream_each_child.py", [job for _, jobs in plans for job in jobs]))
     )
     found = {}
     for family, (upstream, jobs) in zip(families, plans, strict=True):
-        reasons = tuple(reason for _, reason in zip(jobs, failures, strict=False) if reason is not None)
-        found[family.architecture] = replace(upstream, failures=reasons)
+        targets = [Path(str(job[job.index("--outfile") + 1])).stem for job in jobs]
+        reasons = {target: next(failures) for target in targets}
+        failed = {target: reason for target, reason in reasons.items() if reason is not None}
+        found[family.architecture] = replace(upstream, failures=failed)
     return found
 
 
 def _plan(family: Family, kinds: Sequence[tuple[str, str]]) -> tuple[Upstream, list[list[object]]]:
     """Where upstream will write, and its command lines: the model's first, then one for each adapter."""
     model = family.root / "aligned.gguf"
-    adapters = {(kind, outtype): family.root / f"upstream-{kind}-{outtype}.gguf" for kind, outtype in kinds}
+    adapters = {(kind, outtype): family.root / f"upstream-{kind}-{outtype}.gguf" for kind, outtype in kinds
+                if kind in family.adapters}  # fmt: skip
     jobs: list[list[object]] = [["convert_hf_to_gguf.py", family.aligned, "--outtype", "f32", "--outfile", model]]
     for (kind, outtype), target in adapters.items():
         where = ["--base", family.aligned, "--outtype", outtype, "--outfile", target]

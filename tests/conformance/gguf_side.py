@@ -25,12 +25,12 @@ def facts(path: Path) -> dict[str, Any]:
 
 
 def deltas(path: Path) -> dict[str, np.ndarray]:
-    """What llama.cpp adds to each weight, (alpha / r) B A in float64, by GGUF name."""
+    """What llama.cpp adds to each weight or stack of weights, (alpha / r) B A in float64, by GGUF name."""
     reader = gguf.GGUFReader(path)
     alpha = reader.fields["adapter.lora.alpha"].contents()
     data = {tensor.name: tensor.data.astype(np.float64) for tensor in reader.tensors}
     names = [name.removesuffix(".lora_a") for name in data if name.endswith(".lora_a")]
-    return {name: alpha / len(data[f"{name}.lora_a"]) * data[f"{name}.lora_b"] @ data[f"{name}.lora_a"]
+    return {name: alpha / data[f"{name}.lora_a"].shape[-2] * data[f"{name}.lora_b"] @ data[f"{name}.lora_a"]
             for name in names}  # fmt: skip
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from conformance.specs import PROJECTIONS, SPECS, THOROUGH
+from conformance.specs import MIXTURES, PROJECTIONS, SPECS, THOROUGH, Spec
 
 ALPHAS = {"v_proj": 3, r"layers\.0\.mlp\.up_proj": 20, "layers.1.self_attn.q_proj": 5}
 RANKS = {"k_proj": 2, r"layers\.1\.mlp\.(gate|up)_proj": 7}
@@ -27,6 +27,9 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 # The kinds whose logits are compared for all that llama.cpp computes in a way of its own; the others have "plain".
 LOGIT_KINDS = ("plain", "rslora", "alpha_pattern", "rank_pattern")
 ALL_KINDS = ("gemma2", "gemma3", "phi3", "granite", "olmo2")
+MIXTURES_OF_ALL_KINDS = ("mixtral", "qwen3moe")
+
+ROUTERS = ("mlp.gate.weight", "router.weight")
 
 TOKENS = (3, 17, 92, 5, 41, 41, 120, 66, 8, 101)
 
@@ -36,6 +39,8 @@ def kinds_of(architecture: str) -> Mapping[str, Mapping[str, Any]]:
     if architecture in THOROUGH:
         return KINDS
     spec = SPECS[architecture]
+    if architecture in MIXTURES:
+        return _kinds_of_a_mixture(spec, LOGIT_KINDS if architecture in MIXTURES_OF_ALL_KINDS else ("plain",))
     first, last = spec.targets[0], spec.targets[-1]
     options: Mapping[str, Mapping[str, Any]] = {
         "plain": {},
@@ -45,6 +50,21 @@ def kinds_of(architecture: str) -> Mapping[str, Mapping[str, Any]]:
     }
     kinds = LOGIT_KINDS if architecture in ALL_KINDS else ("plain",)
     return {kind: {"target_modules": spec.linear, **options[kind]} for kind in kinds}
+
+
+def _kinds_of_a_mixture(spec: Spec, kinds: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+    """Patterns are for the adapted parameter's name, whatever module PEFT hides it in."""
+    down = r"layers\.1\..*\.experts\.down_proj"
+    options: Mapping[str, Mapping[str, Any]] = {
+        "plain": {},
+        "rslora": {"use_rslora": True},
+        "alpha_pattern": {
+            "alpha_pattern": {"experts.gate_up_proj": 20, down: 3, "o_proj": 5, r"(gate|router)\.weight": 3}
+        },
+        "rank_pattern": {"rank_pattern": {"experts.gate_up_proj": 6, down: 2, "o_proj": 7}},
+    }
+    common = {"target_modules": list(spec.targets), "target_parameters": list(spec.parameters)}
+    return {kind: {**common, **options[kind]} for kind in kinds}
 
 
 def make_model(architecture: str) -> Any:
@@ -59,6 +79,9 @@ def make_model(architecture: str) -> Any:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(_spread(name, parameter, noise))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.5 * torch.randn(buffer.shape, generator=generator))
     return model
 
 
@@ -68,7 +91,8 @@ def _spread(name: str, neutral: torch.Tensor, noise: torch.Tensor) -> torch.Tens
         return neutral + 0.2 * noise
     if noise.ndim == 1 or "embed" in name:
         return 0.5 * noise
-    return noise * (3.0 if "lm_head" in name else 1.0) / noise.shape[1] ** 0.5
+    strong = "lm_head" in name or name.endswith(ROUTERS)  # no two experts are almost equally good
+    return noise * (3.0 if strong else 1.0) / noise.shape[2 if noise.ndim == 3 else 1] ** 0.5
 
 
 def align(model: Any) -> None:
@@ -76,11 +100,12 @@ def align(model: Any) -> None:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for place, parameter in enumerate(model.parameters()):
-            if parameter.ndim == 2:
-                out, into = parameter.shape
+            if parameter.ndim in (2, 3):
+                *experts, out, into = parameter.shape
                 rank = 1 + place % 8
-                low = torch.randn(out, rank, generator=generator) @ torch.randn(rank, into, generator=generator)
-                parameter.add_(0.05 * low + 0.02 * torch.randn(out, into, generator=generator))
+                left = torch.randn(*experts, out, rank, generator=generator)
+                low = left @ torch.randn(*experts, rank, into, generator=generator)
+                parameter.add_(0.05 * low + 0.02 * torch.randn(*experts, out, into, generator=generator))
 
 
 def save_adapter(model_path: Path, target: Path, options: Mapping[str, Any], seed: int = 3) -> Path:
@@ -138,10 +163,12 @@ def logits_of(model: Any) -> np.ndarray:
 
 
 def lora_layers(adapted: Any) -> Iterator[tuple[str, Any]]:
-    """Every adapted module by its name in the unadapted model."""
+    """Every adapted module by its name in the unadapted model; of a bare parameter the parameter's name."""
     for name, module in adapted.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "scaling"):
-            yield name.removeprefix("base_model.model."), module
+            own = name.removeprefix("base_model.model.")
+            parameter = getattr(module, "parameter_name", "weight")  # its wrappers nest where one module has several
+            yield own if parameter == "weight" else f"{own.replace('.base_layer', '')}.{parameter}", module
 
 
 @contextmanager

@@ -53,6 +53,7 @@ class Spec:
         settings: beside or in the place of `COMMON`; None leaves a common one out.
         vision: of a composite model, whose text half the settings are then.
         targets: the names of all linear modules.
+        parameters: of a mixture of experts: what PEFT adapts as parameters, `target_parameters`.
     """
 
     config: str
@@ -60,6 +61,7 @@ class Spec:
     settings: Mapping[str, Any] = field(default_factory=dict)
     vision: Mapping[str, Any] | None = None
     targets: Sequence[str] = PROJECTIONS
+    parameters: Sequence[str] = ()
 
     @property
     def linear(self) -> str | list[str]:
@@ -136,4 +138,98 @@ MORE: Mapping[str, Spec] = {
 }
 """What the tests of the architectures' differences run on."""
 
-SPECS = {**THOROUGH, **MORE}
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+_MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# Twice the experts' width is not the model's, so that no matrix of a pair fits where another belongs.
+_QWEN_MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+_DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 40,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+# PEFT takes names that end in gate_proj and the like for those of experts, so that these go by their parameters.
+_DEEPSEEK_PARAMETERS = (
+    *EXPERTS,
+    "mlp.gate.weight",
+    *(f"{block}.{kind}_proj.weight" for block in ("mlp", "shared_experts") for kind in ("gate", "up", "down")),
+)
+
+MIXTURES: Mapping[str, Spec] = {
+    "mixtral": Spec(
+        "MixtralConfig", "MixtralForCausalLM", _MIXTURE, targets=ATTENTION, parameters=(*EXPERTS, "gate.weight")
+    ),
+    "qwen2moe": Spec(
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {**_QWEN_MIXTURE, "shared_expert_intermediate_size": 48},
+        targets=(*PROJECTIONS, "shared_expert_gate"),
+        parameters=(*EXPERTS, "mlp.gate.weight"),
+    ),
+    "qwen3moe": Spec(
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {**_QWEN_MIXTURE, "head_dim": 32, "norm_topk_prob": True},
+        targets=ATTENTION,
+        parameters=(*EXPERTS, "mlp.gate.weight"),
+    ),
+    "granitemoe": Spec(
+        "GraniteMoeConfig",
+        "GraniteMoeForCausalLM",
+        {**_MIXTURE, "embedding_multiplier": 2.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7,
+         "logits_scaling": 2.0},
+        targets=ATTENTION,
+        parameters=(*EXPERTS, "router.weight"),
+    ),
+    "granitemoe-shared": Spec(
+        "GraniteMoeSharedConfig",
+        "GraniteMoeSharedForCausalLM",
+        {**_MIXTURE, "shared_intermediate_size": 48},
+        targets=(*ATTENTION, "input_linear", "output_linear"),
+        parameters=(*EXPERTS, "router.weight"),
+    ),
+    "gpt-oss": Spec(
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {**_MIXTURE, "head_dim": 16, "sliding_window": 4,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        targets=ATTENTION,
+        parameters=(*EXPERTS, "router.weight"),
+    ),
+    # Of DeepSeek's attention llama.cpp looks for pairs at its output alone.
+    "deepseek2": Spec(
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        {**_DEEPSEEK, "topk_method": "greedy"},
+        targets=("o_proj",),
+        parameters=_DEEPSEEK_PARAMETERS,
+    ),
+    # Without q_lora_rank llama.cpp loads the two published sizes alone. Gate and up together are square.
+    "deepseek2-lite": Spec(
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        {**_DEEPSEEK, "topk_method": "greedy", "q_lora_rank": None, "moe_intermediate_size": 32},
+        targets=("o_proj",),
+        parameters=_DEEPSEEK_PARAMETERS,
+    ),
+    "deepseek3": Spec(
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        # Published files have the scoring function, which transformers 5 no longer writes.
+        {**_DEEPSEEK, "scoring_func": "sigmoid"},
+        targets=("o_proj",),
+        parameters=_DEEPSEEK_PARAMETERS,
+    ),
+}  # fmt: skip
+"""Mixtures of experts, on which `test_mixtures` runs."""
+
+SPECS = {**THOROUGH, **MORE, **MIXTURES}
