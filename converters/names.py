@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+_MOST_NUMBERS = 8  # of a name that are compared as such; no model's names have more than three
 _WRAPPED = (
     ("model.language_model.model.", "model."),
     ("model.language_model.", "model."),
@@ -20,7 +21,7 @@ def canonical(name: str) -> str:
     return name
 
 
-def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
+def natural_order(name: str) -> tuple[int | str, ...]:
     """A sort key under which layer 10 follows layer 9."""
-    parts = re.split(r"([0-9]{1,18})", name)  # every second part is a number
-    return tuple((1, int(part), "") if place % 2 else (0, 0, part) for place, part in enumerate(parts))
+    parts = re.split(r"([0-9]{1,18})", name, maxsplit=_MOST_NUMBERS)  # every second part is a number
+    return tuple(int(part) if place % 2 else part for place, part in enumerate(parts))

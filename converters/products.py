@@ -32,12 +32,31 @@ def norm(b: torch.Tensor, gram_a: torch.Tensor) -> float:
 def relative_error(a: torch.Tensor, b: torch.Tensor, a_stored: torch.Tensor, b_stored: torch.Tensor) -> float:
     """||B' A' - B A||_F / ||B A||_F; 0 where B A is 0 and so is B' A', infinite where only B A is.
 
-    Uses B' A' - B A = (B' - B) A' + B (A' - A), so that nothing cancels.
+    With D = B' - B and E = A' - A, B' A' - B A = D A' + B E, so that nothing large cancels:
+
+        ||D A' + B E||^2 = <D^T D, A' A'^T> + 2 <D^T B, A' E^T> + <B^T B, E E^T>
+
+    So the products of the factors are exact enough in float32, in a fifth of the time that float64 takes, as long as
+    no square leaves its range; only the last sums run in float64.
     """
-    a, b, a_stored, b_stored = (factor.cpu().to(torch.float64) for factor in (a, b, a_stored, b_stored))
-    columns = torch.cat([b_stored - b, b], dim=1)
-    rows = torch.cat([a_stored, a_stored - a], dim=0)
-    error, size = norm(columns, gram(rows)), norm(b, gram(a))
+    a, b, a_stored, b_stored = (factor.detach().cpu().float() for factor in (a, b, a_stored, b_stored))
+    a, a_stored = _scaled(a, a_stored)
+    b, b_stored = _scaled(b, b_stored)
+    d, e = b_stored - b, a_stored - a
+    gram_b = b.T @ b
+    size = _dot(gram_b, a @ a.T)
+    error = _dot(d.T @ d, a_stored @ a_stored.T) + 2 * _dot(d.T @ b, a_stored @ e.T) + _dot(gram_b, e @ e.T)
     if size == 0:
         return 0.0 if error == 0 else math.inf
-    return error / size
+    return math.sqrt(error / size) if error > 0 else 0.0 if error <= 0 else error  # rounding; a NaN stays one
+
+
+def _scaled(exact: torch.Tensor, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both divided by the largest entry where a square could leave float32's range."""
+    low, high = exact.aminmax()
+    largest = torch.maximum(-low, high)
+    return (exact, stored) if largest == 0 or 1e-6 < largest < 1e6 else (exact / largest, stored / largest)
+
+
+def _dot(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float((left.double() * right.double()).sum())

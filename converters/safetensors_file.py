@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from math import prod
@@ -33,6 +33,7 @@ _ITEM_BITS = {
 _LOADABLE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MAX_DIMENSIONS = 8
 _MAX_NAME = 1024  # characters; the longest in use have some 150
+_PIECE = 1 << 20  # bytes that are copied at a time: as fast as any larger number
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def _metadata(value: Any, path: Path) -> dict[str, str]:
 
 def _check_layout(table: dict[str, Any], metadata: dict[str, str], start: int, size: int, path: Path) -> Header:
     spans = []
-    for name, entry in table.items():
-        info, begin = _tensor(name, entry, path)
+    while table:  # which gives its memory back meanwhile
+        info, begin = _tensor(*table.popitem(), path)
         spans.append((begin, info))
     spans.sort(key=lambda span: (span[0], span[1].nbytes))
     end = 0
@@ -175,6 +176,26 @@ class SafetensorsFile:
                 file=self.path,
                 tensor=name,
             )
+
+    def stored(self, name: str) -> Iterator[memoryview]:
+        """The tensor's bytes in the file, whatever its type, piece by piece; a piece lasts until the next is asked for.
+
+        Raises:
+            FileMissingError: the file can't be read. FormatError: it has become shorter.
+        """
+        left = self.infos[name].nbytes
+        buffer = memoryview(bytearray(min(left, _PIECE)))
+        with _open(self.path) as file:
+            file.seek(self.header.offsets[name])
+            while left:
+                try:
+                    count = file.readinto(buffer[: min(left, _PIECE)])
+                except OSError as error:
+                    raise FileMissingError(f"can't be read: {system_reason(error)}", file=self.path) from None
+                if not count:
+                    raise FormatError("was changed while it was read", file=self.path, tensor=name)
+                yield buffer[:count]
+                left -= count
 
     def _span(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) as they are stored."""

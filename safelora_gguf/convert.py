@@ -187,7 +187,7 @@ def _write(
     def load(module: str) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = (half.float() for half in adapter.load(module))
         for half, name in ((a, 0), (b, 1)):
-            if not half.isfinite().all():
+            if not half.sum().isfinite() and not half.isfinite().all():  # the sum alone takes a tenth of the time
                 broken = adapter.pairs[module].tensors[name]
                 raise FormatError("holds NaN or Inf: the adapter is broken", file=adapter.tensor_file, tensor=broken)
         return a, b
@@ -197,8 +197,14 @@ def _write(
     description = f"A LoRA adapter converted from {adapter.format.upper()}; its update is unchanged."
     if not exact:
         description = "The plain LoRA pairs nearest to a DoRA adapter, whose update they are not exactly."
-    with exact_float32(), torch.inference_mode():
-        return output.write(load, Origin("", description, ("lora",), facts))
+    threads = torch.get_num_threads()
+    if exact:
+        torch.set_num_threads(1)
+    try:
+        with exact_float32(), torch.inference_mode():
+            return output.write(load, Origin("", description, ("lora",), facts))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _module(pair: LoraPair, output: AdapterOutput, rounding: Rounding | None) -> ConvertedModule:

@@ -4,10 +4,12 @@
     python scripts/bench.py project --references q4_k   quantized ones, as GGUF
     python scripts/bench.py dequantize                  one weight, against gguf-py
     python scripts/bench.py header                      a large vocabulary, against gguf-py
+    python scripts/bench.py convert                     a large adapter, against copying its bytes
 
 `project` is measured against Safe LoRA as it was published, written out in plain torch (see bench_methods.py): time
 from opened inputs to written output, imports apart, and peak anonymous memory. Every run is a process of its own, the
-methods take turns, files are in the page cache, and medians of all runs are given. The two others run in one process.
+methods take turns, files are in the page cache, and medians of all runs are given. `convert` runs in the same way; the
+two others run in one process.
 The results of all methods are compared in the same run; where they differ there are no figures and the exit status
 is 1.
 
@@ -24,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import bench_convert
 import bench_dequantize
 import bench_header
 import typer
@@ -141,6 +144,38 @@ def header(
         _print_json(machine, found.to_json())
     else:
         _print_table(found.subject(), [bench_header.HEAD, *found.rows()], machine, markdown)
+
+
+@app.command()
+def convert(
+    *,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the adapted model.")] = 32,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 64,
+    runs: Annotated[int, typer.Option(min=1, help="Runs per method; five or more for figures to keep.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Cores for every method.")] = 2,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(envvar="SAFELORA_LLAMA_CPP", help="llama.cpp's source tree; its converter then runs, too."),
+    ] = None,
+    directory: Annotated[Path | None, typer.Option("--dir", help="Where to write, on the disk to measure.")] = None,
+    json_output: _Json = False,
+    markdown: _Markdown = False,
+) -> None:
+    """Times `convert adapter` against copying the bytes, and against llama.cpp's converter."""
+    if llama_cpp is not None and not (llama_cpp / "convert_lora_to_gguf.py").exists():
+        raise typer.BadParameter(f"{llama_cpp} has no convert_lora_to_gguf.py", param_hint="--llama-cpp")
+    size = bench_convert.Size(layers, rank)
+    machine = Machine.here((*_PACKAGES, "gguf", *(("transformers",) if llama_cpp else ())))
+    with tempfile.TemporaryDirectory(prefix="safelora-bench-", dir=directory) as temporary:
+        try:
+            found = bench_convert.measure(Path(temporary), size, runs, threads=threads, llama_cpp=llama_cpp, say=_say)
+        except (ChildProcessError, DisagreementError) as error:
+            raise _no_figures(error) from None
+    if json_output:
+        _print_json(machine, [timings.to_json() for timings in found])
+    else:
+        rows = [bench_convert.HEAD, *(row for timings in found for row in timings.rows())]
+        _print_table(size.subject(runs, threads), rows, machine, markdown)
 
 
 @contextlib.contextmanager

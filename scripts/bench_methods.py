@@ -20,11 +20,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from bench_gguf import load_whole
+from bench_outcome import Outcome, peak_resident
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -54,17 +54,6 @@ class Request:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run tells: its time, its cosines by module, the modules projected, memory's high-water marks."""
-
-    seconds: float
-    cosines: dict[str, float]
-    projected: list[str]
-    peak_resident: int | None = None
-    peak_device: int | None = None
 
 
 def ours(request: Request) -> Outcome:
@@ -161,15 +150,6 @@ def _settle(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _peak_resident() -> int | None:
-    """VmHWM: all resident memory, mapped files included. Linux only."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    lines = status.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-
-
 def main() -> None:
     method: Callable[[Request], Outcome] = {"ours": ours, "dense": dense, "arithmetic": arithmetic}[sys.argv[1]]
     request = Request(**json.loads(sys.argv[2]))
@@ -180,7 +160,7 @@ def main() -> None:
         torch.ones(8, 8, device=request.device).mm(torch.ones(8, 8, device=request.device))
     outcome = method(request)
     peak_device = torch.cuda.max_memory_allocated() if on_gpu else None
-    print(json.dumps(asdict(replace(outcome, peak_resident=_peak_resident(), peak_device=peak_device))))
+    print(json.dumps(asdict(replace(outcome, peak_resident=peak_resident(), peak_device=peak_device))))
 
 
 if __name__ == "__main__":

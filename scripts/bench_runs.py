@@ -9,20 +9,33 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from bench_methods import Outcome, Request
+from bench_outcome import Outcome
 
 _HERE = Path(__file__).resolve().parent
 _INTERVAL = 0.004  # seconds between two looks at a child's memory
+
+
+class Request(Protocol):
+    """What a method is asked for: its output, how many cores it gets, and all of it as JSON for its process."""
+
+    @property
+    def out(self) -> str: ...
+
+    @property
+    def threads(self) -> int: ...
+
+    def to_json(self) -> str: ...
 
 
 @dataclass
@@ -63,10 +76,15 @@ class Series:
         }
 
 
-def run_in_turns(requests: dict[str, Request], runs: int, say: Callable[[str], None]) -> dict[str, Series]:
+def run_in_turns(
+    requests: Mapping[str, Request], runs: int, say: Callable[[str], None], script: str = "bench_methods.py"
+) -> dict[str, Series]:
     """`runs` rounds of all methods, one after the other, so that a busy moment of the machine hits all alike.
 
     The output of each method's last run stays; those before it are deleted.
+
+    Args:
+        script: beside this file; `python script METHOD REQUEST` prints an `Outcome` as JSON.
 
     Raises:
         ChildProcessError: a run failed; its error text is in the message.
@@ -74,8 +92,8 @@ def run_in_turns(requests: dict[str, Request], runs: int, say: Callable[[str], N
     series = {method: Series(method) for method in requests}
     for turn in range(runs):
         for method, request in requests.items():
-            Path(request.out).unlink(missing_ok=True)
-            outcome, anonymous = _run(method, request)
+            _remove(Path(request.out))
+            outcome, anonymous = _run(script, method, request)
             series[method].outcomes.append(outcome)
             series[method].anonymous.append(anonymous)
             say(f"run {turn + 1} of {runs}: {method} {outcome.seconds:.2f} s")
@@ -88,8 +106,14 @@ def ratios(slow: Series, fast: Series) -> tuple[float, float, float]:
     return slow.median / fast.median, min(rounds), max(rounds)
 
 
-def _run(method: str, request: Request) -> tuple[Outcome, int]:
-    command = [sys.executable, str(_HERE / "bench_methods.py"), method, request.to_json()]
+def _remove(output: Path) -> None:
+    if output.is_dir():
+        shutil.rmtree(output)
+    output.unlink(missing_ok=True)
+
+
+def _run(script: str, method: str, request: Request) -> tuple[Outcome, int]:
+    command = [sys.executable, str(_HERE / script), method, request.to_json()]
     with subprocess.Popen(
         command, env=_environment(request.threads), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as child:

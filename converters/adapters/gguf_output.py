@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from converters.adapters.gguf_ignored import ignored_kinds
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.adapters.naming import base_names, finetune_of, whole_finetune
 from converters.adapters.output import Fact, LoadPair, Origin, Place, needed_heads, pair_out
-from converters.adapters.storing import PairOut, Rounding, of_rank, round_pair, zeros_like
+from converters.adapters.storing import PairOut, RoundedPair, Rounding, of_rank, rounded_in_turn, zeros_like
 from converters.architectures import HeadCounts, Rule, find_architecture
 from converters.atomic import atomic_file, check_target
 from converters.errors import Error, UnsupportedError
@@ -74,7 +74,8 @@ def write_gguf_adapter(
     for pair in pairs:
         stacks.setdefault(pair.name, []).append(pair)
     report: dict[str, list[Rounding]] = {}
-    tensors = [tensor for stack in stacks.values() for tensor in _tensors(stack, qtype, report)]
+    rounded = rounded_in_turn(stacks.values(), qtype)
+    tensors = [tensor for stack in stacks.values() for tensor in _tensors(stack, qtype, rounded, report)]
     with atomic_file(target, force=force) as file:
         write_gguf(file, header, tensors)
     return [report[pair.name].pop(0) for pair in pairs]
@@ -87,7 +88,12 @@ def folding_factor(scaling: float, rank: int, alpha: float) -> float:
     return 1.0 if abs(factor - 1.0) < 1e-7 else factor
 
 
-def _tensors(stack: Sequence[PairOut], qtype: QType, report: dict[str, list[Rounding]]) -> tuple[TensorOut, TensorOut]:
+def _tensors(
+    stack: Sequence[PairOut],
+    qtype: QType,
+    in_turn: Iterator[Sequence[RoundedPair]],
+    report: dict[str, list[Rounding]],
+) -> tuple[TensorOut, TensorOut]:
     """A's and B's entries; A is written first, and rounding both then leaves B's bytes waiting.
 
     Rows are stored whole, so the bytes of a stack are those of its matrices one after the other.
@@ -96,7 +102,7 @@ def _tensors(stack: Sequence[PairOut], qtype: QType, report: dict[str, list[Roun
     first = stack[0]
 
     def give_a() -> bytes:
-        rounded = [round_pair(pair, qtype) for pair in stack]
+        rounded = next(in_turn)
         waiting.append(b"".join(pair.b for pair in rounded))
         report[first.name] = [pair.rounding for pair in rounded]
         return b"".join(pair.a for pair in rounded)
@@ -228,7 +234,7 @@ class GgufOutput:
         ]
         if self._qtype == QType.Q8_0:
             entries.append(("general.quantization_version", uint32(2)))
-        return entries + [(key, _as_value(value)) for key, value in origin.facts.items()]
+        return entries + [(key, as_value(value)) for key, value in origin.facts.items()]
 
 
 def _listed(key: str, identities: Sequence[ModelIdentity], kind: str = "") -> list[tuple[str, Value]]:
@@ -280,7 +286,8 @@ def _gguf_name(adapter: LoraAdapter, pair: LoraPair) -> str:
     return pair.key if isinstance(adapter, GgufAdapter) else f"{pair.weight}.weight"
 
 
-def _as_value(value: Fact) -> Value:
+def as_value(value: Fact) -> Value:
+    """A fact as a GGUF value."""
     if isinstance(value, str):
         return text(value)
     if isinstance(value, int):

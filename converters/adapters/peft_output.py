@@ -16,7 +16,7 @@ from converters.adapters.output import Fact, LoadPair, Origin, needed_heads
 from converters.adapters.peft import CONFIG, PREFIX, WEIGHTS
 from converters.adapters.peft_config_out import ConfigEntry, peft_config_for
 from converters.adapters.peft_places import PeftPair, peft_pairs
-from converters.adapters.storing import PairOut, Rounding, round_pair
+from converters.adapters.storing import PairOut, Rounding, rounded_in_turn
 from converters.architectures import find_architecture
 from converters.atomic import atomic_directory, check_target
 from converters.errors import UnsupportedError
@@ -65,12 +65,13 @@ def write_peft_adapter(
             owners[key] = stack
     report: dict[str, list[Rounding]] = {}
     waiting: dict[str, bytes] = {}
+    in_turn = rounded_in_turn(stacks.values(), qtype)
 
     def give(key: str) -> list[bytes]:
         if key in waiting:
             return [waiting.pop(key)]
         stack = owners[key]
-        rounded = [round_pair(pair, qtype) for pair in stack]
+        rounded = next(in_turn)
         report[stack[0].name] = [pair.rounding for pair in rounded]
         waiting[_key(stack[0], "B")] = _interleaved([pair.b for pair in rounded], stack[0].b_shape[0], qtype)
         return [pair.a for pair in rounded]

@@ -24,7 +24,9 @@ _EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
 _FROZEN = re.compile(r"(.+)(?<!\.token_adapter)\.base_layer\.weight")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.[^.]+)?")
 _TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
-_MOST_LETTERS = 10_000_000  # in the names of all matrices; 100,000 of a real model have half of that
+_MOST_LETTERS = 8_000_000  # in the names of all matrices; 100,000 of a real model have half of that
+_MOST_NUMBERS = 16  # in a module's name; real ones have three
+_NUMBER = re.compile(r"[0-9]+")
 
 Halves = dict[tuple[str, bool], dict[str, list[str]]]
 """Names of lora_A and lora_B by module, and by whether it is an embedding."""
@@ -123,7 +125,7 @@ def pairs_by_module(
     """
     found: dict[str, LoraPair] = {}
     letters = 0
-    for each, weight in sorted(((each, each.weight) for each in keys), key=lambda item: natural_order(item[1])):
+    for each, weight in _in_order(keys, file.path, tell):
         try:
             pairs = _pairs(file, each, weight, meanings.get(each.matched))
             letters += len(pairs) * len(weight)
@@ -136,6 +138,19 @@ def pairs_by_module(
             if error.tensor is None:  # too many: the others only add to that
                 break
     return found
+
+
+def _in_order(keys: Sequence[PairKeys], path: Path, tell: Tell) -> list[tuple[PairKeys, str]]:
+    """Pairs with their weights' names, sorted by those."""
+    named = []
+    for each in keys:
+        weight = each.weight
+        if len(_NUMBER.findall(weight)) <= _MOST_NUMBERS:
+            named.append((each, weight))
+        else:
+            told = f"has over {_MOST_NUMBERS} numbers in its name, more than any module of a model"
+            tell(FormatError(told, file=path, tensor=each.a))
+    return sorted(named, key=lambda item: natural_order(item[1]))
 
 
 def _check_number(pairs: int, letters: int, path: Path) -> None:
@@ -206,7 +221,7 @@ def magnitudes(file: SafetensorsFile, pairs: Mapping[str, LoraPair], tell: Tell 
     """DoRA's tensors by module.
 
     Raises:
-        FormatError: a module has none, or not one value for every row. UnsupportedError: it is an embedding.
+        FormatError: a module has none, or not one value for every row (for every column of an embedding).
     """
     found = {key: _MAGNITUDE.fullmatch(key.removeprefix(PREFIX)) for key in file.infos}
     lengths = {canonical(match[1]): key for key, match in found.items() if match is not None}
@@ -228,10 +243,9 @@ def magnitudes(file: SafetensorsFile, pairs: Mapping[str, LoraPair], tell: Tell 
 def _check_magnitudes(file: SafetensorsFile, pair: LoraPair, key: str | None) -> None:
     if key is None:
         raise FormatError("has no magnitudes, and the adapter is DoRA", file=file.path, tensor=pair.tensors[0])
-    if pair.embedding:
-        raise UnsupportedError("is DoRA on an embedding; merge it with PEFT", file=file.path, tensor=key)
-    if file.infos[key].elements != pair.shape[0]:
-        told = f"has {file.infos[key].elements} values, expected one for each of {pair.shape[0]} rows"
+    count, what = (pair.shape[1], "columns") if pair.embedding else (pair.shape[0], "rows")
+    if file.infos[key].elements != count:
+        told = f"has {file.infos[key].elements} values, expected one for each of {count} {what}"
         raise FormatError(told, file=file.path, tensor=key)
     file.check_type(key)
 

@@ -98,10 +98,10 @@ def peft_pairs(adapter: LoraAdapter, model: ModelDescription) -> list[PeftPair]:
         return _own_pairs(adapter)
     if isinstance(adapter, ConvertedAdapter):
         return _named_by(adapter, adapter.bridge.architecture, model)
-    if not isinstance(adapter, GgufAdapter):
+    if adapter.layout != "gguf":
         return [_same(adapter, pair, model) for pair in adapter.pairs.values()]
     try:
-        architecture = architecture_of(adapter.architecture, _REMEDY)
+        architecture = architecture_of(adapter.architecture or model.architecture, _REMEDY)
     except Error as error:
         raise type(error)(error.message, file=adapter.path) from None
     return _named_by(adapter, architecture, model)
@@ -170,8 +170,8 @@ def _same_a(pairs: Sequence[LoraPair], adapter: LoraAdapter) -> bool:
     """Whether pairs have one A: then their sum is of no higher rank."""
     if len(pairs) == 1:
         return True
-    if len({pair.rank for pair in pairs}) > 1:
-        return False
+    if len({pair.rank for pair in pairs}) > 1 or not isinstance(adapter, ConvertedAdapter | GgufAdapter):
+        return False  # pairs that are computed one by one have nothing in common
     first, *others = (adapter.load(pair.module)[0] for pair in pairs)
     return all(torch.equal(first, other) for other in others)
 

@@ -58,7 +58,7 @@ def plan_output(
     if kind != "peft":
         if kind == "inside":
             target /= _conventional_name(adapter, model, label, outtype)
-        _refuse_to_overwrite(target, (adapter.tensor_file, *model.sources, *reads))
+        refuse_to_overwrite(target, (adapter.tensor_file, *model.sources, *reads))
         return GgufOutput(target, OUTTYPES[outtype], adapter, model, force=force)
     if outtype == "q8_0":
         raise UsageError("PEFT directories hold f32, f16 or bf16; q8_0 is for GGUF")
@@ -102,8 +102,8 @@ def _conventional_name(adapter: LoraAdapter, model: ModelDescription, label: str
     return conventional_file_name(base, "-".join(part for part in (own, label) if part), outtype)
 
 
-def _refuse_to_overwrite(target: Path, inputs: Sequence[Path]) -> None:
-    """An input stays what it is, whatever --force says."""
+def refuse_to_overwrite(target: Path, inputs: Sequence[Path]) -> None:
+    """Raises OutputPathError: the target is an input, which stays what it is, whatever --force says."""
     for path in inputs:
         if resolved(target) == resolved(path):
             raise OutputPathError("is one of the inputs; choose another name", file=target)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from converters.errors import UnsupportedError
 from converters.ggml import QType, decode, encode, fits
 from converters.products import relative_error
 
+_AHEAD = 2  # threads, and stacks that wait in memory
 _EXPECTED_ERROR = {QType.F32: 0.0, QType.F16: 1e-3, QType.BF16: 8e-3, QType.Q8_0: 2e-2}
 """What rounding alone costs a pair; more than that means that values fell under the type's range."""
 
@@ -101,7 +104,25 @@ def round_pair(pair: PairOut, qtype: QType) -> RoundedPair:
     Raises:
         UnsupportedError: the values don't fit the type even so.
     """
-    a, b = pair.load()
+    return _round(pair, *pair.load(), qtype)
+
+
+def rounded_in_turn(stacks: Iterable[Sequence[PairOut]], qtype: QType) -> Iterator[list[RoundedPair]]:
+    """Every stack's pairs rounded, stacks in order: the next two are rounded while one is being written.
+
+    Pairs are loaded in the caller's thread, so that `load` need not care.
+    """
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        waiting: deque[list[Future[RoundedPair]]] = deque()
+        for stack in stacks:
+            waiting.append([pool.submit(_round, pair, *pair.load(), qtype) for pair in stack])
+            if len(waiting) > _AHEAD:
+                yield [rounded.result() for rounded in waiting.popleft()]
+        while waiting:
+            yield [rounded.result() for rounded in waiting.popleft()]
+
+
+def _round(pair: PairOut, a: torch.Tensor, b: torch.Tensor, qtype: QType) -> RoundedPair:
     types = pair.types(qtype)
     rounded = _rounded(a, b, types, 0, pair.transpose_a)
     if rounded.rounding.error > max(_EXPECTED_ERROR[kind] for kind in types):
@@ -119,8 +140,9 @@ def round_pair(pair: PairOut, qtype: QType) -> RoundedPair:
 def _rounded(
     a: torch.Tensor, b: torch.Tensor, types: tuple[QType, QType], exponent: int, transpose: bool
 ) -> RoundedPair:
-    factor = torch.tensor(2.0, dtype=torch.float32) ** exponent
-    a, b = a / factor, b * factor
+    if exponent:
+        factor = torch.tensor(2.0, dtype=torch.float32) ** exponent
+        a, b = a / factor, b * factor
     stored_a = a.T.contiguous() if transpose else a
     data = encode(stored_a, types[0]), encode(b, types[1])
     if types == (QType.F32, QType.F32):

@@ -9,7 +9,7 @@ from converters.inspection.adapters import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, PI
 from converters.inspection.checkpoint import inspect_checkpoint
 from converters.inspection.gguf import inspect_gguf
 from converters.inspection.record import Inspection
-from converters.paths import existing, is_gguf
+from converters.paths import existing, is_gguf, without_collecting
 
 _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -26,7 +26,8 @@ def inspect_path(path: str | Path) -> Inspection:
     """
     found = existing(path, "the model or adapter")
     try:
-        return _directory(found) if found.is_dir() else _file(found)
+        with without_collecting():
+            return _directory(found) if found.is_dir() else _file(found)
     except OSError as error:  # a directory that may not be entered, a file that goes meanwhile
         raise FileMissingError(f"can't be read: {system_reason(error)}", file=error.filename or found) from None
 

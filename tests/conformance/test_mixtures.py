@@ -7,8 +7,8 @@ brought into llama.cpp's order by `mixture_side.in_gguf`, which upstream's model
 
 from __future__ import annotations
 
-import shutil
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -177,14 +177,13 @@ def test_some_experts(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "version", "columns"),
+    ("architecture", "written"),
     # Where a parameter has as many rows as columns, only the version tells: 0.17 wrote none.
-    [("qwen3moe", "0.21.2", 2 * 40), ("deepseek2-lite", "0.18.1", 64), ("deepseek2-lite", None, 64)],
+    [("qwen3moe", ("0.21.2", 2 * 40)), ("deepseek2-lite", ("0.18.1", 64)), ("deepseek2-lite", (None, 64))],
 )
 def test_older_versions_of_peft_took_outputs_for_inputs(
     architecture: str,
-    version: str | None,
-    columns: int,
+    written: tuple[str | None, int],
     mixture_of: Callable[[str], Family],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -204,9 +203,9 @@ def test_older_versions_of_peft_took_outputs_for_inputs(
     options = peft_side.kinds_of(architecture)["rank_pattern" if architecture == "qwen3moe" else "plain"]
     adapter = peft_side.save_adapter(mixture.aligned, tmp_path / "old", options)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_version": version}))
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_version": written[0]}))
     key = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_A.weight"
-    assert load_file(adapter / "adapter_model.safetensors")[key].shape[1] == columns
+    assert load_file(adapter / "adapter_model.safetensors")[key].shape[1] == written[1]
     assert worst(deltas(convert(mixture, adapter, tmp_path / "ours.gguf")), peft_deltas(mixture, adapter)) < EXACT
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile_adapters import ADAPTERS
 from hostile_configs import CONFIGS, PATHS
 from hostile_files import PAIRS, WEIGHTS, Case, gguf, safetensors, table_of, with_noise, write_directory
 from hostile_gguf import GGUF
@@ -28,7 +29,7 @@ from hostile_safetensors import HEADERS
 
 from converters.safetensors_file import SafetensorsFile
 
-TABLES = {"gguf": GGUF, "safetensors": HEADERS, "config": CONFIGS, "path": PATHS}
+TABLES = {"gguf": GGUF, "safetensors": HEADERS, "config": CONFIGS, "path": PATHS, "adapter": ADAPTERS}
 CASES = {(table, name): case for table, cases in TABLES.items() for name, case in cases.items()}
 PARAMETERS = [pytest.param(*case, id=": ".join(case)) for case in CASES]
 ROLE_NAMES = ("base", "aligned", "adapter")
@@ -120,6 +121,8 @@ def _commands(table: str, kind: str, path: Path, sound: dict[str, dict[str, Path
     layout = "gguf" if table == "gguf" else "safetensors"
     commands = [_project(sound[layout] | {role: path}, out) for role in ROLES[kind]]
     commands += [["inspect", path], ["inspect", path, "--json"]]
+    if table == "adapter":
+        commands.append(["convert", "adapter", path, "--out", out, "--base", sound[layout]["base"], "--json"])
     if table in ("gguf", "path"):
         models = {"model": ["--model", path], "adapter": ["--model", sound["gguf"]["base"], "--adapter", path]}
         commands.append(["smoke", *models[kind]])
@@ -158,7 +161,7 @@ def _check(case: Case, kind: str, command: str, outcome: Outcome) -> None:
     assert "Traceback" not in outcome["stderr"], told
     if expected == 3:
         assert outcome["stderr"].count("\n") == 1 and 20 < outcome["length"] < 2500, told
-    if command == "project":
+    if command in ("project", "convert"):
         assert re.search(case.told, outcome["stderr"]), told
         assert set(json.loads(outcome["stdout"])["error"]) == {"kind", "message", "file", "tensor"}
 
