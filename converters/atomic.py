@@ -101,8 +101,8 @@ def atomic_directory(target: Path, *, force: bool) -> Iterator[Path]:
         try:
             with _locked(temporary, target):
                 yield temporary
-                for file in sorted(temporary.iterdir()):
-                    _flush_file(file)
+                for path in sorted(temporary.rglob("*")):
+                    (_flush_directory if path.is_dir() else _flush_file)(path)
                 _flush_directory(temporary)
             _publish_directory(temporary, target)
         finally:

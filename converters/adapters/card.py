@@ -1,4 +1,5 @@
-"""What an adapter's author says about it beyond tensors: the header of a model card, or GGUF's general keys."""
+"""What the author of an adapter or a model says about it beyond tensors: the header of a model card, or GGUF's general
+keys."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ import yaml
 from converters.adapters.gguf import GgufAdapter
 from converters.adapters.lora import LoraAdapter
 from converters.gguf_metadata import GgufHeader, brief_text
+from converters.gguf_model import GgufModel
 from converters.identity import repository_of
+from converters.models import Model
 
 _MAX_HEADER = 1 << 14  # bytes of YAML; published headers take a tenth of it, and reading it is slow
 _MAX_ITEMS, _MAX_TEXT = 64, 200
@@ -20,7 +23,7 @@ _MAX_ITEMS, _MAX_TEXT = 64, 200
 
 @dataclass(frozen=True)
 class Card:
-    """Facts that travel with an adapter, as far as its source gives them.
+    """Facts that travel with an adapter or a model, as far as its source gives them.
 
     Attributes:
         name: what the author calls it.
@@ -42,11 +45,14 @@ class Card:
     languages: tuple[str, ...] = ()
 
 
-def card_of(adapter: LoraAdapter) -> Card:
-    """What the adapter's source says; an empty card where it says nothing that can be read."""
-    if isinstance(adapter, GgufAdapter):
-        return _from_gguf(adapter.header)
-    return _from_markdown(adapter.path / "README.md")
+def card_of(source: LoraAdapter | Model) -> Card:
+    """What an adapter's or a model's source says; an empty card where it says nothing that can be read."""
+    if isinstance(source, GgufAdapter):
+        return _from_gguf(source.header)
+    if isinstance(source, GgufModel):
+        return _from_gguf(source.headers[0])
+    directory = source.path if source.path.is_dir() else source.path.parent
+    return _from_markdown(directory / "README.md")
 
 
 def _from_gguf(header: GgufHeader) -> Card:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from converters.adapters.card import card_of
 from converters.adapters.converted import ConvertedAdapter
 from converters.adapters.lora import LoraAdapter
-from converters.adapters.output import Fact, LoadPair, Origin, needed_heads
+from converters.adapters.output import LoadPair, Origin, needed_heads
 from converters.adapters.peft import CONFIG, PREFIX, WEIGHTS
 from converters.adapters.peft_config_out import ConfigEntry, peft_config_for
 from converters.adapters.peft_places import PeftPair, peft_pairs
@@ -21,7 +20,8 @@ from converters.architectures import find_architecture
 from converters.atomic import atomic_directory, check_target
 from converters.errors import UnsupportedError
 from converters.ggml import QType, nbytes
-from converters.identity import is_repository, plain_name
+from converters.identity import plain_name
+from converters.model_card import ModelCard, fact_text
 from converters.models import ModelDescription
 from converters.safetensors_file import write_safetensors
 from converters.tensors import TensorInfo
@@ -143,7 +143,7 @@ class PeftOutput:
             [pair.out(load, adapter.tensor_file, self._heads) for pair in self._pairs],
             config=adapter.peft_config or self._config(),
             qtype=self._qtype,
-            metadata={key: _as_text(value) for key, value in origin.facts.items()},
+            metadata={key: fact_text(value) for key, value in origin.facts.items()},
             card=_card(self.target, adapter, origin),
             force=self._force,
         )
@@ -187,22 +187,19 @@ def _refuse_split_ties(adapter: LoraAdapter, model: ModelDescription) -> None:
         )
 
 
-def _as_text(value: Fact) -> str:
-    return str(value) if isinstance(value, str | int | float) else ",".join(value)
-
-
 def _card(target: Path, adapter: LoraAdapter, origin: Origin) -> str:
     """A model card whose header hubs understand."""
-    base = adapter.base_model_name
     own = card_of(adapter)
-    header = ["---", "library_name: peft"]
-    if own.license:
-        header.append(f"license: {json.dumps(own.license)}")  # quoted: it is a stranger's string
-    if base is not None and is_repository(base):
-        header.append(f"base_model: {json.dumps(base)}")
-    for key, values in (("tags", (*origin.tags, *own.tags)), ("datasets", own.datasets), ("language", own.languages)):
-        if values:
-            header += [f"{key}:", *(f"- {json.dumps(value)}" for value in dict.fromkeys(values))]
-    rows = [f"- {key}: {_as_text(value)}" for key, value in origin.facts.items()]
-    lines = [*header, "---", "", f"# {plain_name(target)}", "", origin.description, "", *rows]
-    return "\n".join(lines) + "\n"
+    return ModelCard(
+        title=plain_name(target),
+        description=origin.description,
+        license=own.license,
+        license_name=own.license_name,
+        license_link=own.license_link,
+        base_models=[adapter.base_model_name] if adapter.base_model_name else own.base_models,
+        tags=(*origin.tags, *own.tags),
+        datasets=own.datasets,
+        languages=own.languages,
+        library="peft",
+        facts=origin.facts,
+    ).to_markdown()
