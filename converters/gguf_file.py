@@ -60,11 +60,11 @@ class TensorOut:
 
 def write_gguf(file: BinaryIO, metadata: Sequence[tuple[str, Value]], tensors: Sequence[TensorOut]) -> None:
     """Writes a whole GGUF file in a stream: header, metadata in the given order, then tensor after tensor."""
-    header = struct.pack("<4sIQQ", b"GGUF", _VERSION, len(tensors), len(metadata))
-    header += b"".join(_string(key) + struct.pack("<I", value.type) + _value(value) for key, value in metadata)
+    header = start_bytes(len(tensors), len(metadata))
+    header += b"".join(entry_bytes(key, value) for key, value in metadata)
     offset = 0
     for tensor in tensors:
-        header += _tensor_info(tensor, offset)
+        header += tensor_info_bytes(tensor.name, tensor.shape, tensor.qtype, offset)
         offset += _padded(nbytes(tensor.shape, tensor.qtype))
     file.write(header.ljust(_padded(len(header)), b"\0"))
     for tensor in tensors:
@@ -75,11 +75,27 @@ def write_gguf(file: BinaryIO, metadata: Sequence[tuple[str, Value]], tensors: S
         file.write(b"\0" * (_padded(expected) - expected))
 
 
-def _tensor_info(tensor: TensorOut, offset: int) -> bytes:
-    assert len(tensor.name.encode()) < _MAX_NAME, f"{tensor.name}: longer than ggml's names"
-    shape = tensor.shape[::-1]  # GGUF counts dimensions from the innermost
-    form = f"<I{len(shape)}QIQ"
-    return _string(tensor.name) + struct.pack(form, len(shape), *shape, tensor.qtype, offset)
+def start_bytes(tensors: int, keys: int) -> bytes:
+    """What a file begins with: magic, version, and how much follows."""
+    return struct.pack("<4sIQQ", b"GGUF", _VERSION, tensors, keys)
+
+
+def entry_bytes(key: str, value: Value) -> bytes:
+    """A key with its value as the header holds it."""
+    return _string(key) + struct.pack("<I", value.type) + _value(value)
+
+
+def stored_entry_bytes(key: str, kind: Kind, item: Kind | None, count: int, payload: bytes) -> bytes:
+    """A key with a value whose bytes come from another little-endian file; `item` and `count` are an array's."""
+    head = struct.pack("<I", kind) if item is None else struct.pack("<IIQ", kind, item, count)
+    return _string(key) + head + payload
+
+
+def tensor_info_bytes(name: str, shape: tuple[int, ...], qtype: int, offset: int) -> bytes:
+    """A tensor's entry in the list; `offset` counts from the beginning of the data."""
+    assert len(name.encode()) < _MAX_NAME, f"{name}: longer than ggml's names"
+    sizes = shape[::-1]  # GGUF counts dimensions from the innermost
+    return _string(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, qtype, offset)
 
 
 def _value(value: Value) -> bytes:
