@@ -13,11 +13,12 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from converters.errors import OutputPathError, WriteError, system_reason
+from converters.paths import resolved
 
 _SUFFIX = ".safelora-gguf.tmp"
 
@@ -33,6 +34,13 @@ def check_target(target: Path, *, force: bool, directory: bool = False) -> None:
         _check_place(target, force=force, directory=directory)
     except OSError as error:  # a name too long, a loop of links
         raise OutputPathError(f"can't be written: {system_reason(error)}", file=target) from None
+
+
+def refuse_to_overwrite(target: Path, inputs: Sequence[Path]) -> None:
+    """Raises OutputPathError: the target is an input, which stays what it is, whatever --force says."""
+    for path in inputs:
+        if resolved(target) == resolved(path):
+            raise OutputPathError("is one of the inputs; choose another name", file=target)
 
 
 def _check_place(target: Path, *, force: bool, directory: bool) -> None:
@@ -64,7 +72,7 @@ def atomic_file(target: Path, *, force: bool) -> Iterator[BinaryIO]:
         OutputPathError: the target is unusable, or another process writes it now.
         WriteError: the device is full or fails.
     """
-    target = _resolved(target)
+    target = _followed(target)
     check_target(target, force=force)
     with _write_errors(target), _made_parents(target.parent):
         temporary = _temporary(target)
@@ -92,7 +100,7 @@ def atomic_directory(target: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         OutputPathError, WriteError: as for `atomic_file`.
     """
-    target = _resolved(target)
+    target = _followed(target)
     check_target(target, force=force, directory=True)
     with _write_errors(target), _made_parents(target.parent):
         temporary = _temporary(target)
@@ -110,7 +118,7 @@ def atomic_directory(target: Path, *, force: bool) -> Iterator[Path]:
         _flush_directory(target.parent)
 
 
-def _resolved(target: Path) -> Path:
+def _followed(target: Path) -> Path:
     """The absolute target; a link to something that exists is followed, so that the link itself stays."""
     return target.resolve() if target.is_symlink() and target.exists() else target.absolute()
 

@@ -19,9 +19,11 @@ from converters.tensors import TensorInfo
 if TYPE_CHECKING:
     import torch
 
+INDEX = "model.safetensors.index.json"
+MAX_INDEX = 16 << 20
+"""Bytes of an index that are read; the largest published one has 14 million."""
+
 _SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_MAX_INDEX = 16 << 20  # bytes; the largest published one has 14 million
 _MAX_SHARDS = 10_000
 
 
@@ -146,7 +148,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _directory_files(directory: Path) -> tuple[list[Path], Mapping[str, str] | None]:
-    if is_there(directory / _INDEX):
+    if is_there(directory / INDEX):
         index = _read_index(directory)
         return [directory / name for name in sorted(set(index.values()))], index
     if is_there(directory / _SINGLE):
@@ -162,13 +164,13 @@ def _directory_files(directory: Path) -> tuple[list[Path], Mapping[str, str] | N
             "first, with the model's own save_pretrained",
             file=directory,
         )
-    what = f"{len(others)} .safetensors files and no index" if others else f"neither {_SINGLE} nor {_INDEX}"
+    what = f"{len(others)} .safetensors files and no index" if others else f"neither {_SINGLE} nor {INDEX}"
     raise FileMissingError(f"holds {what}", file=directory)
 
 
 def _read_index(directory: Path) -> Mapping[str, str]:
-    file = directory / _INDEX
-    table = read_json_object(file, "the index", _MAX_INDEX).get("weight_map")
+    file = directory / INDEX
+    table = read_json_object(file, "the index", MAX_INDEX).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise FormatError("has no weight_map of tensors and their shards", file=file)
     tensors = {shard if isinstance(shard, str) else str(type(shard)): tensor for tensor, shard in table.items()}

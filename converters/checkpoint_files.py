@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from converters.checkpoint import Checkpoint
+from converters.checkpoint import INDEX, Checkpoint
 from converters.errors import FileMissingError, system_reason
 from converters.paths import regular_file, resolved
 
 CARD = "README.md"
-INDEX = "model.safetensors.index.json"
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".gguf", ".ggml", ".onnx",

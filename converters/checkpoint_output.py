@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.atomic import atomic_directory
-from converters.checkpoint import Checkpoint
-from converters.checkpoint_files import CARD, INDEX
+from converters.checkpoint import INDEX, MAX_INDEX, Checkpoint
+from converters.checkpoint_files import CARD
 from converters.checkpoint_plan import CONFIG, CheckpointPlan, Shard, plan_checkpoint
 from converters.errors import FileMissingError, UnsupportedError, system_reason
 from converters.paths import is_there, read_bytes
@@ -33,7 +33,6 @@ Progress = Callable[[int, int, str], None]
 _TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _STEP = 1 << 20  # elements that are asked for at a time
 _SERIAL = 1 << 15  # elements, so few that torch takes one thread: on a busy machine several wait long for each other
-_MAX_INDEX = 16 << 20  # bytes, as for reading
 _CONFIG_TYPE = re.compile(rb'((?<!\\)"(?:torch_)?dtype"\s*:\s*)"(torch\.)?(?:b?float16|float32|float64)"')
 _TOTAL_SIZE = re.compile(rb'("total_size"\s*:\s*)[-+.\deE]+')
 
@@ -181,7 +180,7 @@ def _descriptions(plan: CheckpointPlan) -> dict[str, bytes]:
     config = read_bytes(source.config_file, "the model's config.json")
     files = {CONFIG: config}
     if source.path.is_dir() and is_there(source.path / INDEX):
-        files[INDEX] = read_bytes(source.path / INDEX, "the index", _MAX_INDEX)
+        files[INDEX] = read_bytes(source.path / INDEX, "the index", MAX_INDEX)
     if plan.dtype is not None:
         name = _TORCH[plan.dtype].encode()
         files[CONFIG] = _CONFIG_TYPE.sub(rb'\g<1>"\g<2>' + name + b'"', config)

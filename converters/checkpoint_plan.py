@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converters.atomic import check_target
-from converters.checkpoint import Checkpoint
-from converters.checkpoint_files import INDEX, Companions, companions_of, is_weights
+from converters.checkpoint import INDEX, Checkpoint
+from converters.checkpoint_files import Companions, companions_of, is_weights
 from converters.errors import OutputPathError, UnsupportedError, UsageError, system_reason
 from converters.paths import is_there, resolved
 from converters.safetensors_file import SafetensorsFile

@@ -29,8 +29,8 @@ class LlamaLog:
 
     def reason(self, otherwise: str) -> str:
         """`otherwise`, followed by the error lines since the last `clear`, without the names of C++ functions."""
-        lines = [line.strip("=- \t") for error in self._errors for line in error.splitlines()]
-        told = [line for line in dict.fromkeys(_FUNCTION.sub("", line) for line in lines) if line]
+        lines = [_FUNCTION.sub("", line.strip()).strip() for error in self._errors for line in error.splitlines()]
+        told = [line for line in dict.fromkeys(lines) if line.strip("=-")]  # no rules drawn around others
         return ": ".join([otherwise, "; ".join(told)[:1000]]) if told else otherwise
 
     def _write(self, level: int, text: bytes, _data: Any) -> None:

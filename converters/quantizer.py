@@ -10,8 +10,6 @@ import contextlib
 import json
 import logging
 import re
-import subprocess
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from itertools import dropwhile
 from pathlib import Path
 from typing import IO, Any
 
-from converters import libggml
+from converters import libggml, llama_child
 from converters.atomic import atomic_file
 from converters.errors import Error, FormatError, LlamaError, MissingLlamaError, UnsupportedError, WriteError
 from converters.free_space import free_space_for
@@ -27,16 +25,13 @@ from converters.gguf_header import read_gguf_header
 from converters.gguf_metadata import GgufHeader, GgufTensor
 from converters.gguf_shards import read_gguf_headers
 from converters.imatrix import read_imatrix
-from converters.llama_child import child_command, child_environment, ending, last_words
 from converters.quantization import PADDING, FileType, file_type, is_quantized_again, quantized_size
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 
-_COMMAND = child_command("converters.quantizer_child")
-_TAIL_LINES = 200
-_TAIL_WIDTH = 2000
+_COMMAND = llama_child.command_for("converters.quantizer_child")
 _TENSOR = re.compile(r"\[ *(\d+)/ *(\d+)\] +(\S+)")
 _WRITE_FAILED = "iostream error"  # what C++ says of a device that is full
 
@@ -128,15 +123,14 @@ def _run(request: Mapping[str, Any], source: Path, timeout: float | None, progre
     """Raises LlamaError if the child crashed, hung or talked nonsense."""
     reply, tail, status, expired = _asked(request, timeout, progress)
     if expired:
-        raise LlamaError(f"llama.cpp hung: quantizing took more than {timeout:g} s, so it was stopped", file=source)
+        assert timeout is not None, "only a limit expires"
+        raise LlamaError(llama_child.hang_message("quantizing", timeout), file=source)
     try:
         answer = json.loads(reply)
         return None if "ok" in answer else _Failure(**answer["failed"])
     except (ValueError, TypeError, KeyError, RecursionError):
         logger.debug("the quantizer's log ends:\n%s", "\n".join(tail))
-        words = last_words(tail)
-        told = f"; its last words: {words}" if words else ""
-        raise LlamaError(f"llama.cpp crashed while quantizing ({ending(status)}){told}", file=source) from None
+        raise LlamaError(llama_child.crash_message("quantizing", status, tail), file=source) from None
 
 
 def _error(failure: _Failure, wanted: FileType, source: Path, target: Path, imatrix: Path | None) -> Error:
@@ -154,38 +148,22 @@ def _asked(
     request: Mapping[str, Any], timeout: float | None, progress: Progress | None
 ) -> tuple[bytes, Sequence[str], int, bool]:
     """The child's reply, the end of its log, its exit status, and whether the time limit killed it."""
-    expired, tail = threading.Event(), deque[str](maxlen=_TAIL_LINES)
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(_COMMAND, stdin=pipe, stdout=pipe, stderr=pipe, env=child_environment())
+    tail = deque[str](maxlen=llama_child.TAIL_LINES)
+    process = llama_child.start(_COMMAND)
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-
-    def expire() -> None:
-        expired.set()
-        process.kill()
-
-    timer = threading.Timer(timeout or 0, expire)
-    timer.daemon = True
     try:
-        if timeout is not None:
-            timer.start()
-        with contextlib.suppress(OSError):  # a broken pipe: it died before reading
-            process.stdin.write(json.dumps(dict(request)).encode("ascii") + b"\n")
-            process.stdin.flush()
-        _listen(process.stderr, tail, progress)
-        return process.stdout.read(), tail, process.wait(), expired.is_set()
+        with process.stderr as log, llama_child.time_limit(process, timeout) as expired:
+            with contextlib.suppress(OSError):  # a broken pipe: it died before reading
+                llama_child.send(process.stdin, request)
+            _listen(log, tail, progress)
+            return process.stdout.read(), tail, process.wait(), expired.is_set()
     finally:
-        timer.cancel()
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            with contextlib.suppress(OSError):  # unsent bytes
-                stream.close()
+        llama_child.stop(process)
 
 
 def _listen(stream: IO[bytes], tail: deque[str], progress: Progress | None) -> None:
     """Reads the log to its end."""
-    while line := stream.readline(_TAIL_WIDTH):
-        text = line.decode("utf-8", errors="replace").rstrip()
+    for text in llama_child.log_lines(stream):
         tail.append(text)
         match = _TENSOR.match(text)
         if match is not None and progress is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from converters.errors import Error
-from converters.llama_child import end_with_the_parent
+from converters.llama_child import end_with_the_parent, reply_stream, send
 from converters.quantization import PADDING
 
 _MOST_AT_ONCE = 256 << 20  # bytes of rows in memory; llama.cpp's own limit is 8 GiB
@@ -23,12 +23,10 @@ _MOST_AT_ONCE = 256 << 20  # bytes of rows in memory; llama.cpp's own limit is 8
 
 def main() -> None:
     end_with_the_parent()
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    replies = reply_stream()
     request = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_at_the_end, args=(sys.stdin.buffer,), daemon=True).start()
-    replies.write(json.dumps(_quantize(**request)).encode("ascii") + b"\n")
-    replies.flush()
+    send(replies, _quantize(**request))
     os._exit(0)
 
 

@@ -18,7 +18,7 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from safelora_gguf.smoke.engine_log import EngineLog
+from converters.llama_log import LlamaLog
 from safelora_gguf.smoke.protocol import AdapterChoice, Answer, FailureKind, ModelOptions
 
 DEFAULT_CTX = 4096
@@ -46,7 +46,7 @@ class PromptError(Exception):
 class Engine:
     """One loaded model with its context, and the adapters that are set at the moment."""
 
-    def __init__(self, options: ModelOptions, log: EngineLog) -> None:
+    def __init__(self, options: ModelOptions, log: LlamaLog) -> None:
         self._options = options
         self._log = log
         self._adapters: list[Any] = []

@@ -5,34 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import re
-import signal
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from converters import llama_child
 from converters.errors import Error, LlamaError, MissingLlamaError, UnsupportedError
 from safelora_gguf.smoke.protocol import MAX_LINE, AdapterChoice, Answer, ModelOptions
 
-# -P: the working directory may hold a stranger's json.py
-CHILD_COMMAND = (sys.executable, "-P", "-m", "safelora_gguf.smoke.child")
+CHILD_COMMAND = llama_child.command_for("safelora_gguf.smoke.child")
 
 logger = logging.getLogger(__name__)
-
-_TAIL_LINES = 200
-_TAIL_WIDTH = 2000
-_TELLING = re.compile(
-    r"GGML_ASSERT|GGML_ABORT|what\(\)|error|fail|invalid|fatal|abort|terminate|exception", re.IGNORECASE
-)
-_SOURCE_PATH = re.compile(r"^/\S*/(?=[\w.-]+:\d+: )")  # of the machine that compiled llama.cpp
-_NOISE = re.compile(r"backtrace|debugger|GGML_NO_BACKTRACE|^\s*#?\d+\s|^/.*\.so|\[New LWP", re.IGNORECASE)
 
 
 class LlamaProcess:
@@ -43,15 +30,9 @@ class LlamaProcess:
     """
 
     def __init__(self, command: Sequence[str] = CHILD_COMMAND) -> None:
-        self._process = subprocess.Popen(
-            list(command),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=_environment(),
-        )
+        self._process = llama_child.start(command)
         assert self._process.stderr is not None
-        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._tail: deque[str] = deque(maxlen=llama_child.TAIL_LINES)
         self._listener = threading.Thread(target=_keep_tail, args=(self._process.stderr, self._tail), daemon=True)
         self._listener.start()
         self.alive = True
@@ -80,13 +61,8 @@ class LlamaProcess:
     def close(self) -> None:
         """Kill it: it holds nothing worth an orderly end."""
         self.alive = False
-        self._process.kill()
-        self._process.wait()
+        llama_child.stop(self._process)
         self._listener.join(timeout=2)
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):  # unsent bytes
-                    stream.close()
 
     def __enter__(self) -> Self:
         return self
@@ -97,9 +73,9 @@ class LlamaProcess:
         self.close()
 
     def _request(self, request: dict[str, Any], timeout: float, doing: str) -> dict[str, Any]:
-        line, expired = self._exchange(json.dumps(request).encode("ascii") + b"\n", timeout)
+        line, expired = self._exchange(request, timeout)
         if expired:
-            raise self._lost(f"llama.cpp hung: {doing} took more than {timeout:g} s, so it was stopped")
+            raise self._lost(llama_child.hang_message(doing, timeout))
         if not line:
             raise self._death(doing)
         try:
@@ -112,36 +88,23 @@ class LlamaProcess:
             raise self._nonsense(doing) from None
         raise _failure(kind, message, self._file)
 
-    def _exchange(self, line: bytes, timeout: float) -> tuple[bytes, bool]:
+    def _exchange(self, request: dict[str, Any], timeout: float) -> tuple[bytes, bool]:
         """The reply line, empty where the child is gone; and whether the time limit killed it."""
-        expired = threading.Event()
-
-        def expire() -> None:
-            expired.set()
-            self._process.kill()
-
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        timer = threading.Timer(timeout, expire)
-        timer.daemon = True
-        timer.start()
-        try:
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
-            return self._process.stdout.readline(MAX_LINE), expired.is_set()
-        except OSError:  # a broken pipe: it died before reading
-            return b"", expired.is_set()
-        finally:
-            timer.cancel()
+        with llama_child.time_limit(self._process, timeout) as expired:
+            try:
+                llama_child.send(self._process.stdin, request)
+                return self._process.stdout.readline(MAX_LINE), expired.is_set()
+            except OSError:  # a broken pipe: it died before reading
+                return b"", expired.is_set()
 
     def _death(self, doing: str) -> LlamaError:
         with contextlib.suppress(subprocess.TimeoutExpired):  # it closed its stdout and lives on
             self._process.wait(timeout=5)
         status = self._process.poll()
         self._listener.join(timeout=2)
-        words = last_words(self._tail)
-        ending = f"; its last words: {words}" if words else ""
-        return self._lost(f"llama.cpp crashed while {doing} ({_ending(status)}){ending}")
+        return self._lost(llama_child.crash_message(doing, status, self._tail))
 
     def _nonsense(self, doing: str) -> LlamaError:
         return self._lost(f"the llama.cpp process gave no valid reply while {doing}")
@@ -150,13 +113,6 @@ class LlamaProcess:
         logger.debug("%s; its log ends:\n%s", message, "\n".join(self._tail))
         self.close()
         return LlamaError(message, file=self._file)
-
-
-def last_words(tail: Sequence[str] | deque[str]) -> str | None:
-    """The last line of a log that says why, else its last line."""
-    lines = [line.strip() for line in tail if line.strip() and not _NOISE.search(line)]
-    telling = [line for line in lines if _TELLING.search(line)]
-    return next((_SOURCE_PATH.sub("", line) for line in telling[-1:] or lines[-1:]), None)
 
 
 def _failure(kind: str, message: str, file: str | None) -> Error:
@@ -168,26 +124,6 @@ def _failure(kind: str, message: str, file: str | None) -> Error:
     return LlamaError(message, file=file)
 
 
-def _ending(status: int | None) -> str:
-    if status is None:
-        return "still running"
-    if status >= 0:
-        return f"exit status {status}"
-    try:
-        return signal.Signals(-status).name
-    except ValueError:
-        return f"signal {-status}"
-
-
-def _environment() -> dict[str, str]:
-    """Ours, so that the child imports the same packages; llama.cpp is not to start a debugger on itself."""
-    root = str(Path(__file__).resolve().parents[2])
-    inherited = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([root, inherited] if inherited else [root])
-    return {**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
-
-
 def _keep_tail(stream: BinaryIO, tail: deque[str]) -> None:
     with stream, contextlib.suppress(ValueError, OSError):
-        while line := stream.readline(_TAIL_WIDTH):
-            tail.append(line.decode("utf-8", errors="replace").rstrip())
+        tail.extend(llama_child.log_lines(stream))

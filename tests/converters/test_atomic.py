@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from converters.atomic import atomic_directory, atomic_file
+from converters.atomic import atomic_directory, atomic_file, refuse_to_overwrite
 from converters.errors import OutputPathError, WriteError
 
 
@@ -26,6 +26,15 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
         assert not (tmp_path / "new" / "out").exists()
     assert (tmp_path / "new" / "out").read_bytes() == b"data"
     assert _listing(tmp_path / "new") == ["out"]
+
+
+def test_an_input_is_no_target_whatever_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "read").write_bytes(b"data")
+    (tmp_path / "link").symlink_to("read")
+    for target in ("read", "link", "../" + tmp_path.name + "/read"):
+        with pytest.raises(OutputPathError, match="is one of the inputs"):
+            refuse_to_overwrite(tmp_path / target, [tmp_path / "other", tmp_path / "read"])
+    refuse_to_overwrite(tmp_path / "new", [tmp_path / "read"])
 
 
 def test_after_an_error_the_target_is_untouched_and_nothing_stays(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from converters.errors import LlamaError, MissingLlamaError, UnsupportedError
 from safelora_gguf.smoke.measure import Limits, ModelPlan, RunPlan, measure
 from safelora_gguf.smoke.prompts import Prompt, PromptSet
 from safelora_gguf.smoke.protocol import AdapterChoice, ModelOptions
-from safelora_gguf.smoke.runner import CHILD_COMMAND, LlamaProcess, last_words
+from safelora_gguf.smoke.runner import CHILD_COMMAND, LlamaProcess
 
 PROMPTS = PromptSet("p", "1", (Prompt("1", "harmful", "one"), Prompt("2", "benign", "two")))
 OPTIONS = ModelOptions("model.gguf")
@@ -215,10 +215,3 @@ def _gone(pid: int) -> bool:
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return True
-
-
-def test_last_words_are_those_that_say_why() -> None:
-    tail = ["loading", "/home/x/ggml.c:12: GGML_ASSERT(a == b) failed", "WARNING: no backtrace", "#0 main"]
-    assert last_words(tail) == "ggml.c:12: GGML_ASSERT(a == b) failed"
-    assert last_words(["one", "two", ""]) == "two"
-    assert last_words([]) is None
