@@ -70,28 +70,19 @@ def leading_subspace(
     return _direct(v, k)
 
 
-def subspace_within(v: torch.Tensor, error: float) -> LeadingSubspace:
-    """The fewest top left singular vectors U whose projection keeps V (out, in), not all zero, to a relative error:
-    ||V - U U^T V||_F <= error * ||V||_F. All singular values are computed, in float64."""
-    squares = torch.linalg.eigvalsh(_gram64(v.T if v.shape[0] > v.shape[1] else v)).flip(0).clamp(min=0)
-    left_out = squares.flip(0).cumsum(0).flip(0)  # from the k-th on
-    rank = int((left_out > error**2 * squares.sum()).sum())
-    return _direct(v, max(1, rank))
-
-
 def _krylov_step(v: torch.Tensor, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One restart: the best block.shape[1] directions of the Krylov basis and their singular values."""
     size = block.shape[1]
     basis, images = [torch.linalg.qr(block)[0]], []
     for _ in range(_DEPTH):
-        images.append(_times(v.T, basis[-1]))
-        fresh = _times(v, images[-1])
+        images.append(times(v.T, basis[-1]))
+        fresh = times(v, images[-1])
         for _ in range(2):  # twice is enough (Kahan)
             for known in basis:
                 fresh = fresh - known @ (known.T @ fresh)
             fresh = torch.linalg.qr(fresh)[0]
         basis.append(fresh)
-    images.append(_times(v.T, basis[-1]))
+    images.append(times(v.T, basis[-1]))
     whole, image = torch.cat(basis, dim=1), torch.cat(images, dim=1).to(torch.float64)
     squares, rotation = torch.linalg.eigh(image.T @ image)
     best = rotation.flip(1)[:, :size]
@@ -104,7 +95,7 @@ def _rank(values: torch.Tensor) -> int:
 
 def _residual(v: torch.Tensor, u: torch.Tensor, values: torch.Tensor) -> float:
     scale = values.to(u.dtype)
-    error = _times(v, _times(v.T, u)) / scale - u * scale
+    error = times(v, times(v.T, u)) / scale - u * scale
     return float(torch.linalg.vector_norm(error, dim=0).max() / scale[0])
 
 
@@ -113,7 +104,7 @@ def _gap(values: torch.Tensor, k: int) -> float:
     return max(1e-2, float((values[k - 1] - values[k]) / values[0]))
 
 
-def _times(matrix: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+def times(matrix: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     """matrix @ block in the block's precision, converting a few rows of the matrix at a time."""
     if matrix.dtype == block.dtype:
         return matrix @ block
@@ -126,17 +117,17 @@ def _times(matrix: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
 def _direct(v: torch.Tensor, k: int) -> LeadingSubspace:
     """All singular vectors from the Gram matrix of the smaller side in float64, the top k of them kept."""
     tall = v.shape[0] > v.shape[1]
-    gram = _gram64(v.T if tall else v)
+    gram = gram64(v.T if tall else v)
     squares, vectors = torch.linalg.eigh(gram)
     values = squares.flip(0).clamp(min=0).sqrt()
     rank = min(k, _rank(values))
     vectors = vectors.flip(1)[:, :rank]
     if tall:
-        vectors = torch.linalg.qr(_times(v, vectors))[0]
+        vectors = torch.linalg.qr(times(v, vectors))[0]
     return _cut(vectors, values, rank, _residual(v, vectors, values[:rank]), 0)
 
 
-def _gram64(matrix: torch.Tensor) -> torch.Tensor:
+def gram64(matrix: torch.Tensor) -> torch.Tensor:
     """matrix @ matrix^T in float64, converting a few columns at a time."""
     total = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64, device=matrix.device)
     for part in torch.split(matrix, _ROWS, dim=1):
