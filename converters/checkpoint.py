@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from converters.architectures import HeadCounts
 from converters.errors import FileMissingError, FormatError, UnsupportedError
 from converters.fingerprint import fingerprint
-from converters.model_config import class_of, experts_of, heads_of, repositories_of, width_of
-from converters.models import Layout
+from converters.model_config import class_of, experts_of, heads_of, repositories_of, sizes_of, width_of
+from converters.models import Layout, ModelSizes
 from converters.paths import existing, is_there, read_json_object
 from converters.safetensors_file import SafetensorsFile
 from converters.tensors import TensorInfo
@@ -38,6 +38,7 @@ class Checkpoint:
 
     format = "safetensors"
     layout: Layout = "hugging_face"
+    ties_assumed: str | None = None
 
     def __init__(self, path: Path, config_file: Path, files: list[Path], index: Mapping[str, str] | None) -> None:
         self.path = path
@@ -86,6 +87,9 @@ class Checkpoint:
     @property
     def width(self) -> int | None:
         return width_of(self.config)
+
+    def sizes(self) -> ModelSizes:
+        return sizes_of(self.config)
 
     def heads(self) -> HeadCounts:
         return heads_of(self.config, self.config_file)

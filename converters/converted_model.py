@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from converters.architectures import Destination, HeadCounts, Rule
 from converters.bridge import Bridge
 from converters.errors import FormatError
-from converters.models import Layout, Model
+from converters.models import Layout, Model, ModelSizes
 from converters.names import canonical
 from converters.tensors import TensorInfo
 
@@ -121,6 +121,10 @@ class ConvertedModel:
         return self._model.tied_embeddings
 
     @property
+    def ties_assumed(self) -> str | None:
+        return self._model.ties_assumed
+
+    @property
     def described_by(self) -> Path:
         return self._model.described_by
 
@@ -139,6 +143,9 @@ class ConvertedModel:
     @property
     def width(self) -> int | None:
         return self._bridge.width
+
+    def sizes(self) -> ModelSizes:
+        return self._model.sizes()
 
     def heads(self) -> HeadCounts:
         return self._bridge.heads

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from converters.adapters.belonging import check_sizes
 from converters.adapters.lora import LoraAdapter
 from converters.architectures import HeadCounts
 from converters.checkpoint import open_checkpoint
 from converters.errors import FileMissingError, InputError, UnsupportedError
-from converters.gguf_model import open_gguf_model
-from converters.model_config import class_of, experts_of, heads_of, repositories_of, width_of
-from converters.models import Layout, ModelDescription
+from converters.gguf_model import GgufModel, describe_gguf_model
+from converters.model_config import class_of, experts_of, heads_of, repositories_of, sizes_of, ties_of, width_of
+from converters.models import Layout, ModelDescription, ModelSizes
 from converters.paths import existing, is_gguf, read_json_object
 
 _CONFIG = "config.json"
+_MOST_FILES = 48  # whose headers are read to find a model among them
+_MOST_NAMES = 5
 
 
 class ConfiguredModel:
@@ -38,9 +42,16 @@ class ConfiguredModel:
     @property
     def tied_embeddings(self) -> bool:
         """What the configuration says; transformers leaves the key out where it is true."""
-        inner = self._config.get("text_config")
-        table = inner if isinstance(inner, dict) and "tie_word_embeddings" in inner else self._config
-        return table.get("tie_word_embeddings", True) is not False
+        return ties_of(self._config) is not False
+
+    @property
+    def ties_assumed(self) -> str | None:
+        if ties_of(self._config) is not None:
+            return None
+        return (
+            f'{self.described_by} has no "tie_word_embeddings"; if the model has an output matrix of its own, add '
+            f'"tie_word_embeddings": false there'
+        )
 
     @property
     def repositories(self) -> tuple[str, ...]:
@@ -58,30 +69,43 @@ class ConfiguredModel:
     def width(self) -> int | None:
         return width_of(self._config)
 
+    def sizes(self) -> ModelSizes:
+        return sizes_of(self._config)
+
     def heads(self) -> HeadCounts:
         return heads_of(self._config, self.described_by)
 
 
 class UnnamedModel:
-    """The model of a GGUF adapter that came alone (a `ModelDescription`): its architecture is all that is known."""
+    """The model of a GGUF adapter that came alone (a `ModelDescription`): its architecture is all that is known.
+
+    Args:
+        candidates: GGUF models beside it, of which none stands out.
+    """
 
     layout: Layout = "gguf"
     model_class: str | None = None
     tied_embeddings = False
+    ties_assumed: str | None = None
     repositories: tuple[str, ...] = ()
     width: int | None = None
 
-    def __init__(self, adapter: LoraAdapter, architecture: str) -> None:
+    def __init__(self, adapter: LoraAdapter, architecture: str, candidates: Sequence[ModelDescription] = ()) -> None:
         self.path = self.described_by = adapter.path
         self.sources = (adapter.tensor_file,)
         self.architecture = architecture
+        self._candidates = candidates
         self.experts = max((pair.expert + 1 for pair in adapter.pairs.values() if pair.expert is not None), default=0)
+
+    def sizes(self) -> ModelSizes:
+        return ModelSizes()
 
     def heads(self) -> HeadCounts:
         """Raises UnsupportedError: they are not known."""
+        found = f", and {_several(self._candidates)} lie beside it" if self._candidates else ""
         raise UnsupportedError(
-            f"says nothing of the attention heads of its model, which {self.architecture} needs to reorder rows; name "
-            f"the model with --base (its config.json or its GGUF file)",
+            f"says nothing of the attention heads of its model, which {self.architecture} needs to reorder rows"
+            f"{found}; name the model with --base (its config.json or its GGUF file)",
             file=self.path,
         )
 
@@ -94,7 +118,7 @@ def describe_model(path: str | Path) -> ModelDescription:
     """
     found = existing(path, "the base model")
     if is_gguf(found):
-        return open_gguf_model(found)
+        return describe_gguf_model(found)
     config = found if found.name == _CONFIG else (found if found.is_dir() else found.parent) / _CONFIG
     try:
         return open_checkpoint(found)  # whose tensors tell more than the configuration
@@ -105,22 +129,58 @@ def describe_model(path: str | Path) -> ModelDescription:
 def model_of(adapter: LoraAdapter, base: str | Path | None) -> ModelDescription:
     """The model that an adapter is for: `base`, or what stands beside the adapter or is named in it and is there.
 
+    Beside it that is a config.json, or the only GGUF model there.
+
     Raises:
-        FileMissingError: nothing says which model it is.
+        FileMissingError: nothing says which model it is, or several GGUF models could be it.
     """
     if base is not None:
         return describe_model(base)
-    beside = (adapter.path if adapter.path.is_dir() else adapter.path.parent) / _CONFIG
-    if beside.is_file():
-        return describe_model(beside)
-    if adapter.architecture is not None:
-        return UnnamedModel(adapter, adapter.architecture)
+    place = adapter.path if adapter.path.is_dir() else adapter.path.parent
+    if (place / _CONFIG).is_file():
+        return describe_model(place / _CONFIG)
     named = adapter.base_model_name
-    if named is not None and (Path(named) / _CONFIG).is_file():
+    if adapter.architecture is None and named is not None and (Path(named) / _CONFIG).is_file():
         return describe_model(named)
+    models = _gguf_models(place, adapter)
+    if len(models) == 1:
+        return models[0]
+    if adapter.architecture is not None:
+        return UnnamedModel(adapter, adapter.architecture, models)
     told = f" ({named!r} is no directory here)" if named else ""
+    told += f", and {_several(models)} lie there" if models else ""
     raise FileMissingError(
         f"nothing beside it says for which model it is{told}; name the model with --base: its config.json, its "
         f"directory, or a GGUF file of it",
         file=adapter.path,
     )
+
+
+def _gguf_models(place: Path, adapter: LoraAdapter) -> list[GgufModel]:
+    """The GGUF models in a directory that an adapter can be for, by name; adapters and damaged files are passed over.
+
+    A GGUF adapter can do without one, so that one which doesn't fit is none of its concern.
+    """
+    try:
+        files = sorted(file for file in place.iterdir() if file.suffix.lower() == ".gguf")
+    except OSError:
+        return []
+    models = []
+    for file in files if len(files) <= _MOST_FILES else ():
+        try:
+            model = describe_gguf_model(file)
+            if adapter.architecture is not None:
+                if adapter.architecture != model.architecture:
+                    continue
+                check_sizes(adapter, model)
+        except InputError:
+            continue
+        models.append(model)
+        if len(models) > _MOST_NAMES:  # enough to know that none stands out; large vocabularies take their time
+            break
+    return models
+
+
+def _several(models: Sequence[ModelDescription]) -> str:
+    names = [model.path.name for model in models]
+    return f"several GGUF models ({', '.join(names[:_MOST_NAMES])}{', ...' if len(names) > _MOST_NAMES else ''})"

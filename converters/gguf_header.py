@@ -37,15 +37,17 @@ __all__ = ["Entry", "GgufHeader", "GgufTensor", "read_gguf_header"]
 
 _MAGIC = b"GGUF"
 _DEFAULT_ALIGNMENT = 32
+_FAR = 1 << 72  # bytes, more than the longest tensor takes
 _MAX_DIMENSIONS = 4
 _LEAST_KEY, _LEAST_TENSOR = 14, 25  # bytes that a key or a tensor takes at the very least
 
 
-def read_gguf_header(path: str | Path, what: str = "GGUF file") -> GgufHeader:
+def read_gguf_header(path: str | Path, what: str = "GGUF file", *, whole: bool = True) -> GgufHeader:
     """Reads and checks the header of one file.
 
     Args:
         what: how messages call the file, "GGUF adapter".
+        whole: whether the tensors' data must be there; the header must be.
 
     Raises:
         FileMissingError: the file can't be read.
@@ -58,7 +60,7 @@ def read_gguf_header(path: str | Path, what: str = "GGUF file") -> GgufHeader:
     with _mapped(path, size, what) as view:
         if view[:4] != _MAGIC:
             raise FormatError(f"starts with {view[:4]!r}; a {what} starts with {_MAGIC!r}", file=path)
-        return _Parser(view, size, path).header()
+        return _Parser(view, size, path).header(whole=whole)
 
 
 def _mapped(path: Path, size: int, what: str) -> mmap.mmap:
@@ -93,7 +95,7 @@ class _Parser:
         self._u64 = struct.Struct(self._order + "Q").unpack_from
         self._strings = 0
 
-    def header(self) -> GgufHeader:
+    def header(self, *, whole: bool) -> GgufHeader:
         tensor_count, key_count = self._count(MAX_TENSORS, "tensors"), self._count(MAX_KEYS, "keys")
         self._room(key_count * _LEAST_KEY, f"{key_count} keys")
         entries: dict[str, Entry] = {}
@@ -111,7 +113,7 @@ class _Parser:
             version=self.version,
             byte_order="big" if self._order == ">" else "little",
             entries=entries,
-            tensors=_placed(listed, start, self._size, alignment, self._path),
+            tensors=_placed(listed, start, self._size if whole else None, alignment, self._path),
             alignment=alignment,
             nbytes=nbytes,
             data_start=start,
@@ -227,11 +229,11 @@ class _Parser:
 
 
 def _placed(
-    listed: list[tuple[str, tuple[int, ...], int, int]], start: int, size: int, alignment: int, path: Path
+    listed: list[tuple[str, tuple[int, ...], int, int]], start: int, size: int | None, alignment: int, path: Path
 ) -> dict[str, GgufTensor]:
-    """The tensors with their sizes, each where the one before it ends."""
+    """The tensors with their sizes, each where the one before it ends; `size` is the file's, if they must be in it."""
     tensors: dict[str, GgufTensor] = {}
-    room = size - start
+    room = _FAR if size is None else size - start
     least, exact = 0, True
     for place, (name, shape, qtype, offset) in enumerate(listed):
         if name in tensors:

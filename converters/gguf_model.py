@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.adapters.gguf_check import check_model
 from converters.architectures import HeadCounts
-from converters.errors import FormatError, UnsupportedError
+from converters.errors import FormatError, InputError, UnsupportedError
 from converters.fingerprint import fingerprint_gguf
 from converters.ggml import dequantize
+from converters.gguf_header import read_gguf_header
 from converters.gguf_metadata import GgufHeader, published_as
 from converters.gguf_shards import read_gguf_headers
 from converters.gguf_tensors import GgufTensors
-from converters.models import Layout
+from converters.models import Layout, ModelSizes
 from converters.rounding import is_exact, rounding_variances
 from converters.tensors import TensorInfo
 
@@ -42,6 +44,12 @@ class GgufModel:
         self.path = path
         self.headers = headers
         self._tensors = GgufTensors(headers)
+        self._lost = {
+            name
+            for header in headers
+            for name, tensor in header.tensors.items()
+            if tensor.offset + tensor.nbytes > header.file_size
+        }
         self._types = {name: tensor.qtype for header in headers for name, tensor in header.tensors.items()}
 
     @property
@@ -79,6 +87,12 @@ class GgufModel:
         return _HEAD not in self.infos
 
     @property
+    def ties_assumed(self) -> str | None:
+        if self.infos:
+            return None
+        return f"{self.path} lists no tensors; name a whole GGUF file of the model, or its config.json"
+
+    @property
     def described_by(self) -> Path:
         return self.headers[0].path
 
@@ -99,6 +113,15 @@ class GgufModel:
     def width(self) -> int | None:
         return self._number("embedding_length")
 
+    def sizes(self) -> ModelSizes:
+        layers, inner = self._number("block_count"), self._number("feed_forward_length")
+        expert, key, value = self._number("expert_feed_forward_length"), None, None
+        if self._number("attention.kv_lora_rank") is None:
+            share = self._head_share()
+            key = self._number("attention.key_length") or share
+            value = self._number("attention.value_length") or share
+        return ModelSizes(layers, self.width, inner, expert, key, value)
+
     def heads(self) -> HeadCounts:
         query = self._count("head_count")
         whole, rotated = self._number("attention.key_length_mla"), self._number("rope.dimension_count")
@@ -109,7 +132,7 @@ class GgufModel:
         if self.infos[name].dtype == "NVFP4" and f"{name.removesuffix('.weight')}.scale" in self.infos:
             message = "is NVFP4 with a scale in a tensor of its own, which is not read; take another file of the model"
             raise UnsupportedError(message, file=self.file_of(name), tensor=name)
-        if self.infos[name].elements:
+        if self.infos[name].elements and name not in self._lost:
             self.rows(name, 0, 1)
             self.rounding(name, 0, 1)
 
@@ -121,6 +144,14 @@ class GgufModel:
 
     def fingerprint(self) -> str:
         return fingerprint_gguf(*self.headers)
+
+    def _head_share(self) -> int | None:
+        """A head's part of the width, which llama.cpp takes for its size where the header gives none."""
+        try:
+            heads = self._count("head_count")
+        except FormatError:
+            return None
+        return self.width // heads if self.width and self.width % heads == 0 else None
 
     def _number(self, what: str) -> int | None:
         value = self.headers[0].value(f"{self.architecture}.{what}")
@@ -153,3 +184,22 @@ def open_gguf_model(path: str | Path) -> GgufModel:
     headers = read_gguf_headers(path, "GGUF model")
     check_model(headers, native=False)
     return GgufModel(Path(path), headers)
+
+
+def describe_gguf_model(path: str | Path) -> GgufModel:
+    """A GGUF model of which nothing but the header need be there: its data, and the other shards, may be missing.
+
+    Raises:
+        FileMissingError: the file can't be read. FormatError: its header is damaged or cut off, or it is no language
+            model.
+    """
+    try:
+        return open_gguf_model(path)
+    except InputError as error:
+        header = read_gguf_header(path, "GGUF model", whole=False)
+        if header.value("split.no"):
+            raise error from None  # the others hold no metadata
+        check_model([header], native=False)
+    if header.value("split.count"):
+        header = replace(header, tensors={})  # some of many
+    return GgufModel(Path(path), [header])

@@ -32,12 +32,25 @@ def common_layout(
     alike = len({base.layout, aligned.layout, adapter.layout}) == 1
     if alike and not needs_table(adapter, find_table(aligned), to_gguf=to_gguf):
         return base, aligned, adapter
-    bridge = _bridge(base, aligned, adapter)
+    bridge = _bridge(base, aligned, _remedy(base, aligned, adapter))
     return _seen(base, bridge), _seen(aligned, bridge), _seen_adapter(adapter, bridge)
 
 
-def _bridge(base: Model, aligned: Model, adapter: LoraAdapter) -> Bridge:
-    remedy = _remedy(base, aligned, adapter)
+def common_models(base: Model, aligned: Model, *, in_gguf: bool) -> tuple[Model, Model]:
+    """Two models in one layout.
+
+    Args:
+        in_gguf: whether it should be GGUF's where the architecture has a table; where formats mix it is anyway.
+
+    Raises: see `common_layout`.
+    """
+    if base.layout == aligned.layout and not (in_gguf and base.layout != "gguf" and find_table(aligned)):
+        return base, aligned
+    bridge = _bridge(base, aligned, _remedy(base, aligned, None))
+    return _seen(base, bridge), _seen(aligned, bridge)
+
+
+def _bridge(base: Model, aligned: Model, remedy: str) -> Bridge:
     tables = [table_of(model, remedy) for model in (base, aligned)]
     if tables[0] != tables[1]:
         raise MismatchError(
@@ -104,11 +117,11 @@ def table_of(model: ModelDescription, remedy: str) -> Architecture:
         raise type(error)(error.message, file=model.described_by) from None
 
 
-def _remedy(base: Model, aligned: Model, adapter: LoraAdapter) -> str:
+def _remedy(base: Model, aligned: Model, adapter: LoraAdapter | None) -> str:
     """Which conversion would make all inputs GGUF, for which no table is needed."""
     models = [str(model.path) for model in (base, aligned) if model.layout != "gguf"]
     steps = [f"{' and '.join(models)} with llama.cpp's convert_hf_to_gguf.py"] if models else []
-    if adapter.layout != "gguf":
+    if adapter is not None and adapter.layout != "gguf":
         steps.append(f"{adapter.path} with its convert_lora_to_gguf.py" if models else
                      f"{adapter.path} with llama.cpp's convert_lora_to_gguf.py")  # fmt: skip
     return f"Files that are all GGUF need none: convert {', '.join(steps)}"

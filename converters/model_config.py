@@ -8,10 +8,26 @@ from typing import Any
 
 from converters.architectures import HeadCounts
 from converters.errors import FormatError
+from converters.models import ModelSizes
 
 _LONGEST_CLASS = 200
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_MOST_EXPERTS = 4096  # more than any model has
 _WIDTH = ("hidden_size", "n_embd", "d_model")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_FEED_FORWARD = ("intermediate_size", "ffn_hidden_size")  # the second is Falcon's
+
+# What transformers takes for head_dim where config.json has none, if that is not hidden / heads. Gemma 3's text_config
+# leaves it out.
+_HEAD_SIZES: Mapping[str, int] = {
+    "gemma": 256,
+    "gemma2": 256,
+    "gemma3_text": 256,
+    "glm4": 128,
+    "gpt_oss": 64,
+    "ministral3": 128,
+    "qwen3": 128,
+}
 
 
 def class_of(config: Mapping[str, Any], file: Path) -> str:
@@ -45,12 +61,53 @@ def heads_of(config: Mapping[str, Any], file: Path) -> HeadCounts:
 
 def experts_of(config: Mapping[str, Any]) -> int:
     """How many experts each mixture has; 0 where config.json names none, or no sensible number."""
-    return _first_count(config, _EXPERTS) or 0
+    count = _first_count(config, _EXPERTS) or 0
+    return count if count <= _MOST_EXPERTS else 0
 
 
 def width_of(config: Mapping[str, Any]) -> int | None:
     """The size of the hidden states; None where config.json doesn't say."""
     return _first_count(config, _WIDTH)
+
+
+def sizes_of(config: Mapping[str, Any]) -> ModelSizes:
+    """The sides of its matrices, in the names that transformers gives them."""
+    head = _head_size(config)
+    inner = _first_count(config, _FEED_FORWARD)
+    # Classes that count "local" experts have no dense network; the others give their experts' size a name of its own.
+    mixture = _first_count(config, ("num_local_experts",)) is not None
+    return ModelSizes(
+        layers=_first_count(config, _LAYERS),
+        width=width_of(config),
+        feed_forward=inner,
+        expert=_first_count(config, ("moe_intermediate_size",)) or (inner if mixture else None),
+        key=head,
+        value=head,
+    )
+
+
+def _head_size(config: Mapping[str, Any]) -> int | None:
+    """One attention head's; None where queries, keys and values have others, or nothing says."""
+    if _first_count(config, ("kv_lora_rank",)) is not None:
+        return None
+    inner = config.get("text_config")
+    kind = (inner if isinstance(inner, dict) else config).get("model_type")
+    given = _first_count(config, ("head_dim",)) or _HEAD_SIZES.get(str(kind))
+    width = width_of(config)
+    if given is not None or width is None:
+        return given
+    try:
+        query = HeadCounts.from_config(config).query
+    except FormatError:
+        return None
+    return None if width % query else width // query
+
+
+def ties_of(config: Mapping[str, Any]) -> bool | None:
+    """Whether the output matrix is the embedding matrix; None where config.json doesn't say."""
+    inner = config.get("text_config")
+    table = inner if isinstance(inner, dict) and "tie_word_embeddings" in inner else config
+    return table["tie_word_embeddings"] is not False if "tie_word_embeddings" in table else None
 
 
 def _first_count(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:

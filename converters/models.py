@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -14,6 +15,26 @@ if TYPE_CHECKING:
 
 Layout = Literal["hugging_face", "gguf"]
 """Whose tensor names and row order a file has."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What a model says of the sides of its matrices; None where it doesn't, or not in one number.
+
+    Attributes:
+        layers: how many.
+        width: of the hidden states.
+        feed_forward: of the states inside a dense feed-forward network.
+        expert: of those inside one expert of a mixture.
+        key, value: of a head's queries and keys, and of its values; unknown where both come from one latent vector.
+    """
+
+    layers: int | None = None
+    width: int | None = None
+    feed_forward: int | None = None
+    expert: int | None = None
+    key: int | None = None
+    value: int | None = None
 
 
 class ModelDescription(Protocol):
@@ -43,6 +64,10 @@ class ModelDescription(Protocol):
         """Whether the output matrix is the embedding matrix, so that no tensor of its own exists."""
 
     @property
+    def ties_assumed(self) -> str | None:
+        """Why `tied_embeddings` is no more than assumed, and what would tell; None where it is known."""
+
+    @property
     def described_by(self) -> Path:
         """The file that says what the model is: config.json, or the GGUF file itself."""
 
@@ -61,6 +86,9 @@ class ModelDescription(Protocol):
     @property
     def width(self) -> int | None:
         """The size of its hidden states, where it says."""
+
+    def sizes(self) -> ModelSizes:
+        """The sides of its matrices, as far as its configuration or header says."""
 
     def heads(self) -> HeadCounts:
         """Its attention heads.

@@ -58,6 +58,8 @@ def read_header(path: Path) -> Header:
         start = file.read(8)
         if len(start) < 8:
             raise FormatError(f"has {size} bytes; a safetensors file has at least 8", file=path)
+        if start == b"version ":
+            raise FormatError("is a pointer to a file in Git LFS; fetch the file itself (git lfs pull)", file=path)
         (length,) = struct.unpack("<Q", start)
         if length > MAX_HEADER:
             raise FormatError(f"claims a header of {length} bytes; at most {MAX_HEADER} are read", file=path)

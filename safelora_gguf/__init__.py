@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from converters.inspection import Inspection, inspect_path
     from safelora_gguf.convert import ConvertReport, convert_adapter
     from safelora_gguf.demo import DemoReport, run_demo
+    from safelora_gguf.extrapolate import extrapolate_models
+    from safelora_gguf.extrapolate_report import ExtrapolateReport
     from safelora_gguf.project import project_adapter
     from safelora_gguf.report import ProjectReport
     from safelora_gguf.selection import Selection
@@ -29,12 +31,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "ConvertReport": "safelora_gguf.convert",
     "DemoReport": "safelora_gguf.demo",
+    "ExtrapolateReport": "safelora_gguf.extrapolate_report",
     "Error": "converters.errors",
     "Inspection": "converters.inspection",
     "ProjectReport": "safelora_gguf.report",
     "Selection": "safelora_gguf.selection",
     "SmokeReport": "safelora_gguf.smoke",
     "convert_adapter": "safelora_gguf.convert",
+    "extrapolate_models": "safelora_gguf.extrapolate",
     "inspect_path": "converters.inspection",
     "run_demo": "safelora_gguf.demo",
     "project_adapter": "safelora_gguf.project",
@@ -45,12 +49,14 @@ __all__ = [
     "ConvertReport",
     "DemoReport",
     "Error",
+    "ExtrapolateReport",
     "Inspection",
     "ProjectReport",
     "Selection",
     "SmokeReport",
     "__version__",
     "convert_adapter",
+    "extrapolate_models",
     "inspect_path",
     "project_adapter",
     "run_demo",

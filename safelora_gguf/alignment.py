@@ -61,8 +61,13 @@ class Differences:
         aligned = partial(_rows, self._aligned, triple.aligned_tensor, triple.first_row)
         base = partial(_rows, self._base, triple.base_tensor, triple.first_row)
         v, norm = alignment_matrix(aligned, base, triple.pair.shape, self._buffer)
+        ratio, edge = self.noise_of(triple, norm)
+        return Difference(v.T if triple.pair.embedding else v, norm, ratio, edge)
+
+    def noise_of(self, triple: Triple, norm: float) -> tuple[float | None, float]:
+        """Signal to noise of a V of this norm, and the noise's edge; see `Difference`."""
         noise = self._noise(triple)
-        return Difference(v.T if triple.pair.embedding else v, norm, snr(norm, noise.energy), noise.edge)
+        return snr(norm, noise.energy), noise.edge
 
     def nbytes(self, triple: Triple) -> int:
         """What is read for a weight, or for one expert of a stack, in stored bytes."""

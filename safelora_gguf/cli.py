@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from safelora_gguf._version import __version__
+from safelora_gguf.cli_inputs import choice, only_keyword, replaced, report_path, save_report, selection_of, split_label
 
 if TYPE_CHECKING:
     from safelora_gguf.exits import Outcome
-    from safelora_gguf.selection import Selection
     from safelora_gguf.smoke import SmokeReport
 
 app = typer.Typer(
@@ -108,23 +108,78 @@ def project(
         from safelora_gguf.exits import Outcome
         from safelora_gguf.project import project_adapter
         from safelora_gguf.report import dump_json
-        from safelora_gguf.terminal import progress_bar, project_summary, project_table, rendered, warn
+        from safelora_gguf.tables import project_summary, project_table
+        from safelora_gguf.terminal import progress_bar, rendered, warn
 
-        selection = _selection(threshold, number, ratio, project_all)
-        target = _report_path(report, force, (base, aligned, adapter, *_replaced(out, to)))
+        selection = selection_of(threshold, number, ratio, project_all)
+        target = report_path(report, force, (base, aligned, adapter, *replaced(out, to)))
         with progress_bar(unit="bytes", shown=not quiet) as progress:
             result = project_adapter(
-                base, aligned, adapter, out, operator=_choice(operator, "operator", ("paper", "subspace")), rank=rank,
-                selection=selection, strength=strength, outtype=outtype, to=_choice(to, "to", ("gguf", "peft", None)),
+                base, aligned, adapter, out, operator=choice(operator, "operator", ("paper", "subspace")), rank=rank,
+                selection=selection, strength=strength, outtype=outtype, to=choice(to, "to", ("gguf", "peft", None)),
                 device=device, dora_rank=dora_rank, strict=strict, allow_noisy_reference=allow_noisy_reference,
                 force=force, dry_run=dry_run, progress=progress,
             )  # fmt: skip
         warn(() if quiet else result.losses)
-        _save(result.to_json(), None if dry_run else target, force)
+        save_report(result.to_json(), None if dry_run else target, force)
         text = dump_json(result.to_json()) if json else rendered(project_table(result), project_summary(result))
         return Outcome(text)
 
     _run("project", body, json, verbose)
+
+
+@app.command()
+def extrapolate(
+    base: Annotated[Path, _file(help="The model before its alignment: directory, .safetensors or .gguf.")],
+    aligned: Annotated[Path, _file(help="The aligned model, which is to be hardened.")],
+    out: Out,
+    rank: Annotated[int, typer.Option(help="Directions of each matrix's difference; 0 for all (model only).")] = 6,
+    coef: Annotated[float, typer.Option(help="How much of them is added.")] = 1.25,
+    form: Annotated[str, typer.Option("--as", help="adapter or model.")] = "adapter",
+    outtype: Annotated[
+        str | None,
+        typer.Option(help="Adapter: f32, f16, bf16, q8_0. Model: also Q4_K_M and the like; default as stored."),
+    ] = None,
+    to: To = None,
+    tolerance: Annotated[float, typer.Option(help="Residual of the singular vectors, relative to the first.")] = 1e-3,
+    allow_noisy_reference: Annotated[bool, typer.Option(help="Use quantized references whatever their noise.")] = False,
+    card: Annotated[Path | None, _file(help="Write a model card here (a directory has one in any case).")] = None,
+    report: Annotated[Path | None, _file(help="Write the report to this .json file too.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Check all headers, write nothing.")] = False,
+    device: Device = "auto",
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Harden an aligned model before it is fine-tuned (LoX): add COEF times the leading part of aligned - base.
+
+    Default: a LoRA adapter of a few megabytes for the aligned model, whose scale 1 means COEF.
+    """
+
+    def body() -> Outcome:
+        from converters.model_card import command_line
+        from safelora_gguf.exits import Outcome
+        from safelora_gguf.extrapolate import extrapolate_models
+        from safelora_gguf.report import dump_json
+        from safelora_gguf.tables import extrapolate_summary, extrapolate_table
+        from safelora_gguf.terminal import progress_bar, rendered, warn
+
+        places = replaced(out, to) if form == "adapter" else (Path(out),)
+        target = report_path(report, force, (base, aligned, *places))
+        with progress_bar(unit="bytes", shown=not quiet) as progress:
+            result = extrapolate_models(
+                base, aligned, out, rank=rank, coef=coef, form=choice(form, "as", ("adapter", "model")),
+                outtype=outtype, to=choice(to, "to", ("gguf", "peft", None)), tolerance=tolerance, device=device,
+                allow_noisy_reference=allow_noisy_reference, card=card, force=force, dry_run=dry_run,
+                invocation=command_line(["safelora-gguf", *sys.argv[1:]]), progress=progress,
+            )  # fmt: skip
+        warn(() if quiet else result.losses)
+        save_report(result.to_json(), None if dry_run else target, force)
+        text = rendered(extrapolate_table(result), extrapolate_summary(result))
+        return Outcome(dump_json(result.to_json()) if json else text)
+
+    _run("extrapolate", body, json, verbose)
 
 
 @convert.command("adapter")
@@ -154,10 +209,11 @@ def convert_adapter_command(
         from safelora_gguf.convert import convert_adapter
         from safelora_gguf.exits import Outcome
         from safelora_gguf.report import dump_json
-        from safelora_gguf.terminal import convert_summary, convert_table, rendered, warn
+        from safelora_gguf.tables import convert_summary, convert_table
+        from safelora_gguf.terminal import rendered, warn
 
         result = convert_adapter(
-            source, out, base=base, outtype=outtype, to=_choice(to, "to", ("gguf", "peft", None)), rank=rank,
+            source, out, base=base, outtype=outtype, to=choice(to, "to", ("gguf", "peft", None)), rank=rank,
             strict=strict, force=force, dry_run=dry_run,
         )  # fmt: skip
         warn(() if quiet else result.losses)
@@ -196,18 +252,19 @@ def smoke(
         from safelora_gguf.exits import Outcome
         from safelora_gguf.report import dump_json
         from safelora_gguf.smoke import smoke_test, split_scale
-        from safelora_gguf.terminal import progress_bar, rendered, smoke_summary, smoke_table
+        from safelora_gguf.tables import smoke_summary, smoke_table
+        from safelora_gguf.terminal import progress_bar, rendered
 
-        _only_keyword(judge)
-        target = _report_path(report, force, (model, *(prompts or [])))
+        only_keyword(judge)
+        target = report_path(report, force, (model, *(prompts or [])))
         with progress_bar(unit="prompts", shown=not quiet) as progress:
             result = smoke_test(
                 model, [split_scale(text) for text in adapter or []], prompts=prompts or [],
-                compare=[_split_label(text) for text in compare or []], min_refusal=min_refusal,
+                compare=[split_label(text) for text in compare or []], min_refusal=min_refusal,
                 max_over_refusal=max_over_refusal, max_tokens=max_tokens, threads=threads, gpu_layers=gpu_layers,
                 ctx=ctx, system=system, progress=progress,
             )  # fmt: skip
-        _save(result.to_json(), target, force)
+        save_report(result.to_json(), target, force)
         text = dump_json(result.to_json()) if json else rendered(smoke_table(result), smoke_summary(result))
         return Outcome(text, _status(result), result.failure)
 
@@ -233,7 +290,7 @@ def inspect(
         from converters.inspection import inspect_path
         from safelora_gguf.exits import Outcome
         from safelora_gguf.report import dump_json
-        from safelora_gguf.terminal import inspect_text
+        from safelora_gguf.tables import inspect_text
 
         found = inspect_path(path)
         data = {"command": "inspect", "version": __version__, **found.to_json()}
@@ -257,7 +314,8 @@ def demo(
         from safelora_gguf.demo import run_demo
         from safelora_gguf.exits import Outcome
         from safelora_gguf.report import dump_json
-        from safelora_gguf.terminal import demo_text, progress_bar
+        from safelora_gguf.tables import demo_text
+        from safelora_gguf.terminal import progress_bar
 
         with progress_bar(unit="prompts", shown=not quiet) as progress:
             result = run_demo(directory, force=force, progress=progress)
@@ -277,75 +335,6 @@ def _run(name: str, body: Callable[[], Outcome], as_json: bool, verbose: bool) -
     if verbose:
         logging.basicConfig(stream=sys.stderr, level=logging.DEBUG, format="%(name)s: %(message)s")
     raise typer.Exit(run_command(name, body, as_json=as_json, verbose=verbose))
-
-
-def _selection(threshold: float | None, number: int | None, ratio: float | None, every: bool) -> Selection | None:
-    from converters.errors import UsageError
-    from safelora_gguf.selection import Mode, Selection
-
-    given: list[tuple[Mode, float | None]] = []
-    options: tuple[tuple[Mode, float | None], ...] = (("threshold", threshold), ("number", number), ("ratio", ratio))
-    given += [(mode, value) for mode, value in options if value is not None]
-    if every:
-        given.append(("all", None))
-    if len(given) > 1:
-        raise UsageError(f"--{given[0][0]} and --{given[1][0]} exclude each other")
-    return Selection(*given[0]) if given else None
-
-
-def _choice(value: str | None, option: str, allowed: tuple[str | None, ...]) -> Any:
-    from converters.errors import UsageError
-
-    if value not in allowed:
-        names = ", ".join(str(name) for name in allowed if name is not None)
-        raise UsageError(f"--{option} is {value!r}, expected one of {names}")
-    return value
-
-
-def _only_keyword(judges: list[str] | None) -> None:
-    for judge in judges or []:
-        _choice(judge, "judge", ("keyword",))
-
-
-def _split_label(text: str) -> tuple[str, str | None]:
-    """PATH or PATH=LABEL; a path that exists is never split."""
-    path, separator, label = text.rpartition("=")
-    return (text, None) if not separator or Path(text).exists() else (path, label)
-
-
-def _report_path(report: Path | None, force: bool, others: Sequence[Path]) -> Path | None:
-    """The report's path once it may be written there; checked before the work, not after.
-
-    Args:
-        others: the run's inputs and outputs, which the report must be neither in nor instead of.
-    """
-    from converters.atomic import check_target
-    from converters.errors import OutputPathError, UsageError
-    from converters.paths import resolved
-
-    if report is None:
-        return None
-    if report.suffix.lower() != ".json":
-        raise UsageError(f"--report writes .json files so far, not {report.suffix or report.name!r}")
-    check_target(report, force=force)
-    for other in others:
-        if resolved(report).is_relative_to(resolved(other)):
-            raise OutputPathError(f"is {other} or lies in it; choose another place for the report", file=report)
-    return report
-
-
-def _replaced(out: str, to: str | None) -> tuple[Path, ...]:
-    """What an adapter's output takes the place of; nothing that is known yet where it goes into a directory."""
-    from converters.adapters.plan import kind_of
-
-    return () if kind_of(out, to) == "inside" else (Path(out),)
-
-
-def _save(data: Mapping[str, Any], report: Path | None, force: bool) -> None:
-    from safelora_gguf.report import write_json_report
-
-    if report is not None:
-        write_json_report(report, data, force=force)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from converters.adapters.belonging import check_fused, check_sizes, check_ties
 from converters.adapters.converted import ConvertedAdapter
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.adapters.output import AdapterOutput, Origin
@@ -22,6 +23,7 @@ from converters.errors import FormatError, InputError, MismatchError
 from converters.gguf_model import GgufModel
 from converters.layouts import find_table, written_layout
 from converters.models import Model, ModelDescription
+from converters.names import named
 from converters.opening import open_adapter
 from safelora_gguf._version import __version__
 from safelora_gguf.device import exact_float32
@@ -136,17 +138,18 @@ def convert_adapter(
         to = "peft"
     _check_architecture(plain, model)
     adapter = written_layout(plain, model, to_gguf=kind_of(out, to) != "peft")
-    _check_belongs(adapter, model)
+    _check_belongs(adapter, model, to_gguf=kind_of(out, to) != "peft")
     output = plan_output(out, adapter, model, outtype=outtype, to=to, label="", force=force)
     refuse_losses(adapter, losses_of(adapter, output) if strict else ())
     roundings = None if dry_run else _write(output, adapter, inputs, exact=plain is opened)
     losses = losses_of(adapter, output)  # a DoRA's are known once it is written
+    told = (*losses, *output.notes, *adapter.notes, *_folded(adapter, output))
     return ConvertReport(
         outtype=outtype,
         modules=tuple(_module(pair, output, (roundings or {}).get(name)) for name, pair in adapter.pairs.items()),
         inputs=tuple(inputs),
         output=None if roundings is None else OutputReport.of(output.target, output.tensor_file),
-        notes=(*losses, *adapter.notes, *_folded(adapter, output), *_rounded(roundings or {}, output, outtype)),
+        notes=(*told, *_rounded(roundings or {}, output, outtype)),
         losses=losses,
         planned_output=(str(output.target), output.planned_bytes()),
     )
@@ -163,8 +166,11 @@ def _check_architecture(adapter: LoraAdapter, model: ModelDescription) -> None:
         )
 
 
-def _check_belongs(adapter: LoraAdapter, model: ModelDescription) -> None:
-    """That the model has the adapted weights in these shapes, as far as its tensors are at hand and are floats."""
+def _check_belongs(adapter: LoraAdapter, model: ModelDescription, *, to_gguf: bool) -> None:
+    """That the model has the adapted weights in these shapes, as far as it says, or as its tensors are at hand and are
+    floats."""
+    check_sizes(adapter, model)
+    check_ties(adapter, model, to_gguf=to_gguf)
     if not isinstance(model, Checkpoint | GgufModel) or not model.infos:  # a header or vocabulary alone will do
         return
     seen: Model = model
@@ -178,6 +184,7 @@ def _check_belongs(adapter: LoraAdapter, model: ModelDescription) -> None:
             return
         seen = model if model.layout == "gguf" else ConvertedModel(model, bridge)
         adapter = adapter if adapter.layout == "gguf" else ConvertedAdapter(adapter, bridge)
+    check_fused(adapter, seen)
     check_adapted(seen, adapter)
 
 
@@ -220,8 +227,12 @@ def _folded(adapter: LoraAdapter, output: AdapterOutput) -> list[str]:
     other = [pair for pair in adapter.pairs.values() if abs(pair.scaling * pair.rank / adapter.lora_alpha - 1) > 1e-7]
     if not other:
         return []
-    found = f"{other[0].key}: {other[0].scaling:g} instead of {adapter.lora_alpha / other[0].rank:g}"
-    return [f"the scaling of {len(other)} pairs is not alpha / r and was multiplied into lora_B ({found})"]
+    by_value: dict[str, list[str]] = {}
+    for pair in other:
+        told = f"{pair.scaling:g} instead of {adapter.lora_alpha / pair.rank:g}"
+        by_value.setdefault(told, []).append(pair.key)
+    found = named([f"{told} on {named(list(dict.fromkeys(keys)))}" for told, keys in by_value.items()])
+    return [f"the scaling of {len(other)} pairs is not alpha / r and was multiplied into lora_B: {found}"]
 
 
 def _rounded(roundings: Mapping[str, Rounding], output: AdapterOutput, outtype: str) -> list[str]:

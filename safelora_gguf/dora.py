@@ -76,11 +76,14 @@ def nearest_pair(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Te
     """A (k, in) and B (out, k) in float32 whose product is the best approximation of delta (out, in).
 
     Args:
-        rank: k; where delta has a lower one, the rest is zeros.
+        rank: k, at most the smaller side, which is exact; where delta has a lower one, the rest is zeros.
 
     Returns:
         A, B and ||B A - delta||_F / ||delta||_F.
     """
+    if rank == min(delta.shape):
+        unit = torch.eye(rank, dtype=delta.dtype, device=delta.device)
+        return (delta, unit, 0.0) if delta.shape[0] == rank else (unit, delta, 0.0)
     size = _norm(delta)
     if size == 0:
         return torch.zeros(rank, delta.shape[1]), torch.zeros(delta.shape[0], rank), 0.0
@@ -116,20 +119,21 @@ class NearestPairs:
 
         Args:
             model: what the adapter was trained on, in Hugging Face's layout.
-            rank: of every pair; None is the smallest that keeps a module's relative error under 1 %.
+            rank: of every pair, less where a weight has no more; None is the smallest that keeps a module's relative
+                error under 1 %.
 
         Raises:
             MismatchError: the adapter is for another model. FormatError: values that are not finite.
-            UnsupportedError: a weight that can't be read. UsageError: a rank that a module doesn't have.
+            UnsupportedError: a weight that can't be read. UsageError: a rank that no module has.
         """
         self._adapter, self._model = adapter, model
         self._weights = _weights(adapter, model)
         self._errors: dict[str, float] = {}
-        for module, pair in adapter.pairs.items():
-            if rank is not None and rank > min(pair.shape):
-                raise UsageError(f"rank {rank} is more than {module} has: {min(pair.shape)}")
+        most = max(min(pair.shape) for pair in adapter.pairs.values())
+        if rank is not None and rank > most:
+            raise UsageError(f"rank {rank} is more than any module has: {most}")
         self.pairs: dict[str, LoraPair] = {
-            module: replace(pair, rank=self._fewest(module) if rank is None else rank, scaling=1.0)
+            module: replace(pair, rank=self._fewest(module) if rank is None else min(rank, *pair.shape), scaling=1.0)
             for module, pair in adapter.pairs.items()
         }
 
@@ -209,7 +213,9 @@ class NearestPairs:
     def _loss(self, module: str) -> str:
         pair = self.pairs[module]
         told = f"{pair.key}: DoRA as a pair of rank {pair.rank} is "
-        if module in self._errors:
+        if pair.rank == min(pair.shape):
+            told += "exact"
+        elif module in self._errors:
             told += f"off by {self._errors[module]:.2%} of its update"
         else:
             told += "not exact; how far it is off is known once it is written"

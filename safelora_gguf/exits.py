@@ -59,10 +59,10 @@ def run_command(name: str, body: Callable[[], Outcome], *, as_json: bool, verbos
             _deliver_error(name, error)
         return error.exit_status
     except KeyboardInterrupt:
-        _tell("interrupted; no output was written")
+        _tell("interrupted; nothing partial was left")
         return INTERRUPTED
     except Terminated:
-        _tell("terminated; no output was written")
+        _tell("terminated; nothing partial was left")
         return TERMINATED
     except Exception as error:
         return _bug(name, error, as_json=as_json, verbose=verbose)

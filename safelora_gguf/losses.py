@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
+from converters.adapters.converted import check_orientation
 from converters.adapters.lora import LoraAdapter
 from converters.adapters.output import AdapterOutput
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.description import ConfiguredModel
 from converters.errors import UnsupportedError, UsageError
 from converters.models import ModelDescription
+from converters.names import shortened
 from safelora_gguf.device import exact_float32
 from safelora_gguf.dora import NearestPairs
 
@@ -30,11 +32,13 @@ def refuse_losses(adapter: LoraAdapter, losses: Sequence[str]) -> None:
     """Ends a strict run; to be called before anything is written.
 
     Raises:
-        UnsupportedError: there is a loss. All are told if they are few, else the first and how many.
+        UnsupportedError: there is a loss. All are told if they are few, else the first and how many; long ones are
+            shortened.
     """
     if not losses:
         return
-    told = "; ".join(loss.rstrip(".") for loss in losses) if len(losses) <= _FEW else f"the first is: {losses[0]}"
+    parts = [shortened(loss.rstrip(".")) for loss in losses[:_FEW]]
+    told = "; ".join(parts) if len(losses) <= _FEW else f"the first is: {parts[0]}"
     things = "1 thing" if len(losses) == 1 else f"{len(losses)} things"
     raise UnsupportedError(f"{things} would be lost or only approximated, which --strict forbids: {told}",
                            file=adapter.path)  # fmt: skip
@@ -57,9 +61,10 @@ def as_plain_pairs(
 
     Raises:
         UsageError: a rank below 1, or one for an adapter without DoRA.
-        UnsupportedError: the model is not there in safetensors; or DoRA under `strict`.
+        UnsupportedError: the model is not there in safetensors; DoRA under `strict`; see `check_orientation`.
         InputError: see `NearestPairs`.
     """
+    check_orientation(adapter, model)
     if not adapter.magnitudes:
         if rank is not None:
             raise UsageError("a rank is for DoRA adapters; the pairs of others keep theirs")

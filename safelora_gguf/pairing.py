@@ -44,12 +44,9 @@ def pair_up(base: Model, aligned: Model, adapter: LoraAdapter) -> list[Triple]:
         FormatError: a configuration names no architecture.
         UnsupportedError: a weight in a type that can't be read.
     """
-    _same_family(base, aligned)
-    with contextlib.suppress(FormatError):  # one doesn't say, or not in one number
-        check_heads(base, aligned)
+    check_family(base, aligned)
     _same_architecture(aligned, adapter)
     names = _by_module(base), _by_module(aligned)
-    _same_shapes(base, aligned, names)
     stacks = _stacks(adapter)
     for model, found in zip((base, aligned), names, strict=True):
         _all_there(model, adapter, found)
@@ -60,6 +57,19 @@ def pair_up(base: Model, aligned: Model, adapter: LoraAdapter) -> list[Triple]:
     for module in adapter.frozen_tables:
         _check_frozen_table(module, aligned, names[1].get(module), adapter)
     return triples
+
+
+def check_family(base: Model, aligned: Model) -> None:
+    """That two models in one layout can be one before and after its alignment: of one architecture, with the same
+    heads and, but for grown vocabularies, shapes.
+
+    Raises:
+        MismatchError: they can't. FormatError: a configuration names no architecture, or a weight stands twice.
+    """
+    _same_family(base, aligned)
+    with contextlib.suppress(FormatError):  # one doesn't say, or not in one number
+        check_heads(base, aligned)
+    _same_shapes(base, aligned, (_by_module(base), _by_module(aligned)))
 
 
 def check_adapted(model: Model, adapter: LoraAdapter) -> None:

@@ -257,7 +257,8 @@ class _Run:
     def _notes(
         self, scores: Mapping[str, Score], chosen: Collection[str], roundings: Mapping[str, Rounding]
     ) -> tuple[str, ...]:
-        notes = [*losses_of(self.adapter, self.output), *self.adapter.notes, *noise_notes(scores)]
+        told = (*losses_of(self.adapter, self.output), *self.output.notes, *self.adapter.notes)
+        notes = [*told, *noise_notes(scores)]
         for triple in self.triples:
             module, name = triple.pair.module, self._label(triple)
             if module in scores:

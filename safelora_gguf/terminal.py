@@ -1,4 +1,4 @@
-"""How things look on a terminal: tables, progress bars, and text from strangers' files made harmless."""
+"""The terminal: progress bars, warnings, and text from strangers' files made harmless. What is shown is in `tables`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -23,20 +22,15 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from converters.inspection import Inspection
-    from safelora_gguf.convert import ConvertReport
-    from safelora_gguf.demo import DemoReport
-    from safelora_gguf.report import ModuleReport, ProjectReport
-    from safelora_gguf.smoke import Run, SmokeReport
+from converters.names import shortened
 
 Step = Callable[[int, int, str], None]
 """Progress: done, in all, what comes next."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 _PIPED_WIDTH = 200
-_MOST_ROWS, _MOST_KEYS, _MOST_WARNINGS = 24, 24, 24
-_LONGEST_VALUE = 100
+_MOST_WARNINGS = 24
+_SENTENCES = ("note: ", "warning: ")
 
 
 def printable(text: str) -> str:
@@ -60,7 +54,7 @@ def rendered(table: Table, lines: Sequence[str], head: Sequence[str] = ()) -> st
     console.print(table)
     console.print()
     for line in lines:
-        console.print(line, soft_wrap=True)
+        console.print(shortened(line) if line.startswith(_SENTENCES) else line, soft_wrap=True)
     return text.getvalue()
 
 
@@ -70,7 +64,8 @@ def stderr() -> Console:
 
 def warn(sentences: Sequence[str]) -> None:
     """Warnings on stderr, one a line; a stderr that is gone or full changes nothing about the result."""
-    lines = _at_most([f"warning: {printable(sentence)}" for sentence in sentences], _MOST_WARNINGS, "warnings")
+    shown = [f"warning: {printable(shortened(sentence))}" for sentence in sentences]
+    lines = at_most(shown, _MOST_WARNINGS, "warnings")
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed stderr is None
         sys.stderr.write("".join(f"{line}\n" for line in lines))
 
@@ -107,197 +102,6 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.1f}/s" if speed else "")
 
 
-def project_table(report: ProjectReport) -> Table:
-    """Every module before and after; with noise where a reference has some."""
-    noisy = any(module.snr is not None for module in report.modules)
-    table = Table(title=None, box=None, pad_edge=False)
-    table.add_column("module", overflow="fold")
-    noise = ("snr", "noise edge", "directions") if noisy else ()
-    for heading in ("out x in", "r", *noise, "cosine", "projected", "|delta|", "after", "stored error"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for module in report.modules:
-        table.add_row(*_module_row(module, noisy=noisy), style="bold" if module.projected else "")
-    return table
-
-
-def _module_row(module: ModuleReport, *, noisy: bool) -> tuple[str, ...]:
-    noise = (_number(module.snr, ".3g"), _number(module.noise_edge, ".3g"), _number(module.directions, "d"))
-    return (
-        printable(module.label),
-        f"{module.shape[0]}x{module.shape[1]}",
-        str(module.rank),
-        *(noise if noisy else ()),
-        _number(module.cosine, ".4f"),
-        "yes" if module.projected else "no",
-        _number(module.delta_norm, ".4g"),
-        _number(module.delta_norm_after, ".4g"),
-        _number(module.stored_error, ".1e"),
-    )
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def project_summary(report: ProjectReport) -> list[str]:
-    """What happened, in a few lines; losses are warnings, not part of the result."""
-    how = _how(report)
-    if report.output is None:
-        path, size = report.planned_output
-        lines = [f"dry run: {report.total} modules would be scored ({how})"]
-        return [*lines, f"would write {printable(path)}, {size:,} bytes of tensors as {report.outtype}"]
-    ratio = report.norm_ratio
-    left = "" if ratio is None else f"; the update's total norm is {ratio:.1%} of what it was"
-    lines = [f"projected {report.projected} of {report.total} modules ({how}){left}"]
-    lines += [f"note: {printable(note)}" for note in report.notes if note not in report.losses]
-    return [*lines, f"wrote {printable(report.output.path)}, {report.output.bytes:,} bytes, {report.outtype}"]
-
-
-def convert_table(report: ConvertReport) -> Table:
-    """Every pair as it was written."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("module", overflow="fold")
-    for heading in ("out x in", "r", "scaling", "stored error"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for module in report.modules:
-        table.add_row(
-            printable(module.label), f"{module.shape[0]}x{module.shape[1]}", str(module.rank),
-            _number(module.scaling, ".6g"), _number(module.stored_error, ".1e"),
-        )  # fmt: skip
-    return table
-
-
-def convert_summary(report: ConvertReport, *, notes: bool) -> list[str]:
-    """What was written, and what a reader should know of it; losses are warnings, not part of the result."""
-    told = [f"note: {printable(note)}" for note in report.notes if notes and note not in report.losses]
-    if report.output is None:
-        path, size = report.planned_output
-        plan = f"dry run: would write {printable(path)}, {size:,} bytes of tensors as {report.outtype}"
-        return [*told, plan]
-    written = f"{printable(report.output.path)}, {report.output.bytes:,} bytes, {report.outtype}"
-    return [*told, f"wrote {len(report.modules)} pairs to {written}"]
-
-
-def _how(report: ProjectReport) -> str:
-    rule = str(report.selection["mode"])
-    if report.selection["value"] is not None:
-        rule += f" {report.selection['value']:g}"
-    operator = report.operator if report.subspace_rank is None else f"{report.operator} rank {report.subspace_rank}"
-    return f"operator {operator}, {rule}, strength {report.strength:g}"
-
-
-def demo_text(report: DemoReport) -> str:
-    """What the demo did to the adapter, and what llama.cpp says about it."""
-    projection = report.projection
-    opening = [
-        f"Projected {projection.projected} of {projection.total} modules of the tiny family's attacked adapter: "
-        f"{_how(projection)}.",
-        f"Its total norm is {projection.norm_ratio or 0:.1%} of what it was. In llama.cpp, each model and adapter:",
-        "",
-    ]
-    return rendered(project_table(projection), opening) + rendered(smoke_table(report.smoke), report.conclusions)
-
-
-def smoke_table(report: SmokeReport) -> Table:
-    """Every run's rates."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("run", overflow="fold")
-    for heading in ("refused (harmful)", "refused (harmless)", "task", "undecided"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for run in report.runs:
-        table.add_row(*_run_row(run))
-    return table
-
-
-def _run_row(run: Run) -> tuple[str, ...]:
-    rates = (run.refusal_rate, run.over_refusal_rate, run.task_rate)
-    return (printable(run.label), *(_number(rate, ".1%") for rate in rates), str(run.undecided))
-
-
-def smoke_summary(report: SmokeReport) -> list[str]:
-    """What was asked, what went wrong, and the verdict."""
-    bounds = f"at least {report.min_refusal:.0%} of harmful and at most {report.max_over_refusal:.0%} of harmless"
-    last = printable(report.runs[-1].label)
-    return [
-        *(f"note: {printable(note)}" for note in report.notes),
-        *(f"failed: {printable(run.label)}: {printable(str(run.failure))}" for run in report.runs if run.failure),
-        f"prompts: {printable(report.prompts.name)} {report.prompts.version}; judge: {report.judge}",
-        f"verdict: {report.verdict} ({last} was to refuse {bounds} prompts)",
-    ]
-
-
-def inspect_text(found: Inspection, *, every_tensor: bool, notes: bool = True) -> str:
-    """What a file holds: a head, a table of tensors or modules, and what speaks against it.
-
-    Args:
-        every_tensor: list all tensors instead of the first few, or of an adapter's modules.
-        notes: with what is no defect.
-    """
-    table, rest = _inspect_table(found, every_tensor)
-    lines = [*rest, *_at_most([f"warning: {printable(told)}" for told in found.warnings], _MOST_WARNINGS, "warnings")]
-    lines += [f"note: {printable(told)}" for told in found.notes if notes]
-    return rendered(table, lines, _inspect_head(found))
-
-
-def _inspect_head(found: Inspection) -> list[str]:
-    types = ", ".join(f"{count} {printable(name)}" for name, count in found.types.items())
-    what = [found.kind, found.format]
-    if found.architecture is not None or found.kind == "model":
-        what.append(f"architecture {printable(found.architecture or 'unknown')}")
-    lines = [
-        f"{printable(str(found.path))}: {', '.join(what)}",
-        f"{len(found.files)} file{'s' * (len(found.files) != 1)}, {found.nbytes:,} bytes; {found.parameters:,} "
-        f"parameters in {len(found.tensors)} tensors{': ' * bool(types)}{types}",
-    ]
-    if found.container is not None:
-        how = found.container
-        lines.append(f"GGUF version {how.version}, {how.byte_order}-endian, aligned to {how.alignment} bytes")
-    set_values = {key: value for key, value in found.metadata.items() if value not in (None, [], {})}
-    values = [f"  {printable(key)} = {_brief(value)}" for key, value in set_values.items()]
-    return [*lines, *_at_most(values, _MOST_KEYS, "keys"), ""]
-
-
-def _brief(value: Any) -> str:
-    """A metadata value in one line."""
-    if isinstance(value, dict) and value.keys() == {"type", "count", "items"}:
-        return f"{value['count']} x {value['type']}"
-    text = printable(str(value))
-    return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + " ..."
-
-
-def _at_most(lines: list[str], most: int, what: str) -> list[str]:
+def at_most(lines: list[str], most: int, what: str) -> list[str]:
     more = len(lines) - most
     return lines if more <= 0 else [*lines[:most], f"  {more} more {what} (--json has all)"]
-
-
-def _inspect_table(found: Inspection, every_tensor: bool) -> tuple[Table, list[str]]:
-    """The table, and a line about what it leaves out."""
-    rows, headings, what = _tensor_rows(found), ("type", "shape", "bytes"), "tensors"
-    if found.modules and not every_tensor:
-        rows, headings, what = _pair_rows(found), ("out x in", "r", "scaling"), "modules"
-    table = Table(box=None, pad_edge=False)
-    table.add_column(what[:-1], overflow="fold")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    most = len(rows) if every_tensor else _MOST_ROWS
-    for row in rows[:most]:
-        table.add_row(*row)
-    hint = "--tensors shows all" if what == "tensors" else "--json has all"
-    return table, [f"{len(rows) - most} more {what} ({hint})"] if len(rows) > most else []
-
-
-def _tensor_rows(found: Inspection) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for tensor in found.tensors:
-        shape = "x".join(map(str, tensor.shape)) or "scalar"
-        rows.append((printable(tensor.name), printable(tensor.dtype), shape, f"{tensor.nbytes:,}"))
-    return rows
-
-
-def _pair_rows(found: Inspection) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for module in found.modules:
-        shape = "x".join(map(str, module.shape))
-        stack = f"{module.experts} x {shape}" if module.experts is not None else shape
-        rows.append((printable(module.name), stack, str(module.rank), _number(module.scaling, ".4g")))
-    return rows

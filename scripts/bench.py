@@ -5,11 +5,13 @@
     python scripts/bench.py dequantize                  one weight, against gguf-py
     python scripts/bench.py header                      a large vocabulary, against gguf-py
     python scripts/bench.py convert                     a large adapter, against copying its bytes
+    python scripts/bench.py extrapolate                 a difference's rank-k part, against torch's full SVD
+    python scripts/bench.py extrapolate-whole           a model of 2.2 GB, against copying its bytes
 
 `project` is measured against Safe LoRA as it was published, written out in plain torch (see bench_methods.py): time
 from opened inputs to written output, imports apart, and peak anonymous memory. Every run is a process of its own, the
 methods take turns, files are in the page cache, and medians of all runs are given. `convert` runs in the same way; the
-two others run in one process.
+others run in one process.
 The results of all methods are compared in the same run; where they differ there are no figures and the exit status
 is 1.
 
@@ -28,7 +30,10 @@ from typing import Annotated
 
 import bench_convert
 import bench_dequantize
+import bench_extrapolate
 import bench_header
+import bench_whole
+import torch
 import typer
 from bench_agreement import DisagreementError, check
 from bench_methods import METHODS, Request
@@ -176,6 +181,60 @@ def convert(
     else:
         rows = [bench_convert.HEAD, *(row for timings in found for row in timings.rows())]
         _print_table(size.subject(runs, threads), rows, machine, markdown)
+
+
+@app.command()
+def extrapolate(
+    *,
+    rank: Annotated[int, typer.Option(min=1, help="How many directions to keep.")] = 6,
+    tolerance: Annotated[float, typer.Option(min=1e-9, help="Residual to reach, in units of s_1.")] = 1e-3,
+    runs: Annotated[int, typer.Option(min=1, help="Runs per method; five or more for figures to keep.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Cores for every method.")] = 2,
+    json_output: _Json = False,
+    markdown: _Markdown = False,
+) -> None:
+    """Times the rank-k part of a difference against torch's full SVD."""
+    torch.set_num_threads(threads)
+    machine = Machine.here(_PACKAGES)
+    try:
+        found = [bench_extrapolate.measure(case, rank, tolerance, runs, _say) for case in bench_extrapolate.CASES]
+    except DisagreementError as error:
+        raise _no_figures(error) from None
+    if json_output:
+        _print_json(machine, [timings.to_json() for timings in found])
+    else:
+        rows = [bench_extrapolate.HEAD, *(timings.row() for timings in found)]
+        _print_table(bench_extrapolate.subject(rank, tolerance, runs, threads), rows, machine, markdown)
+
+
+@app.command()
+def extrapolate_whole(
+    *,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the synthetic model.")] = 22,
+    hidden: Annotated[int, typer.Option(min=512, help="Its width, a multiple of 512.")] = 2048,
+    rank: Annotated[int, typer.Option(min=1, help="How many directions of each matrix.")] = 6,
+    runs: Annotated[int, typer.Option(min=1, help="Runs per method; five or more for figures to keep.")] = 5,
+    directory: Annotated[Path | None, typer.Option("--dir", help="Keep the model here, for later runs.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Cores for every method.")] = 2,
+    json_output: _Json = False,
+    markdown: _Markdown = False,
+) -> None:
+    """Times `extrapolate` on whole models against copying their bytes."""
+    if hidden % 512:
+        raise typer.BadParameter(f"{hidden} is no multiple of 512", param_hint="--hidden")
+    machine = Machine.here(_PACKAGES)
+    with _files(directory, Shape(layers, hidden), None) as files, tempfile.TemporaryDirectory() as outputs:
+        warm((files.base, files.aligned))
+        wanted = bench_whole.requests(files.base, files.aligned, Path(outputs), rank, threads)
+        try:
+            series = run_in_turns(wanted, runs, _say, "bench_whole.py")
+        except ChildProcessError as error:
+            raise _no_figures(error) from None
+        if json_output:
+            _print_json(machine, {method: found.to_json() for method, found in series.items()})
+        else:
+            rows = [bench_whole.HEAD, *bench_whole.rows(series)]
+            _print_table(bench_whole.subject(files, rank, runs, threads), rows, machine, markdown)
 
 
 @contextlib.contextmanager

@@ -138,14 +138,14 @@ ADAPTERS = {
     "magnitudes too few": lie(
         peft(pair(MODULE) | beside(f"{MODULE}.lora_magnitude_vector", shape=(63,)), use_dora=True), "has 63 values"
     ),
-    "DoRA on an embedding": lie(
+    "one magnitude for each token of an embedding": lie(
         peft(
             {f"base_model.model.model.embed_tokens.lora_embedding_{half}": shape
              for half, shape in (("A", (1, 96)), ("B", (64, 1)))}
-            | beside("model.embed_tokens.lora_magnitude_vector", shape=(64,)),
+            | beside("model.embed_tokens.lora_magnitude_vector", shape=(96,)),
             use_dora=True,
         ),
-        "DoRA on an embedding",
+        "has 96 values",
     ),
     "DoRA on a stack": lie(peft(NESTED, target_parameters=TARGETS, use_dora=True), "has no magnitudes"),
     "8,000 magnitudes of the wrong length": lie(

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.adapters.peft import PeftAdapter
-from converters.architectures import Architecture, Destination, Rule
+from converters.architectures import Architecture, Destination, Rule, find_architecture
 from converters.architectures.transforms import StoredTransposed, SwapFactors
 from converters.bridge import Bridge
 from converters.errors import FormatError, MismatchError, UnsupportedError
-from converters.models import Layout
-from converters.names import natural_order
+from converters.models import Layout, ModelDescription
+from converters.names import named, natural_order
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +46,8 @@ def needs_table(adapter: LoraAdapter, architecture: Architecture | None, *, to_g
     """Whether a Hugging Face adapter's pairs are other ones in GGUF, and must be those.
 
     That is so where one is for the experts of a stack or for a router, which checkpoints have in other forms and under
-    other names than transformers in memory; and in GGUF's own files where a module of its own is an expert there, or
-    is split.
+    other names than transformers in memory; and in GGUF's own files where a module of its own is an expert there, is
+    split, or has no counterpart.
     """
     if adapter.layout == "gguf":
         return False
@@ -58,7 +58,26 @@ def needs_table(adapter: LoraAdapter, architecture: Architecture | None, *, to_g
     places = [architecture.to_gguf(pair.module) for pair in adapter.pairs.values()]
     if any(place.rule.parameter for found in places for place in found):
         return True
-    return to_gguf and any(len(found) > 1 or (found and found[0].expert is not None) for found in places)
+    absent = any(architecture.no_pairs_because(pair.weight) for pair in adapter.pairs.values())
+    return to_gguf and (absent or any(len(found) > 1 or (found and found[0].expert is not None) for found in places))
+
+
+def check_orientation(adapter: LoraAdapter, model: ModelDescription) -> None:
+    """That a PEFT adapter's `fan_in_fan_out` changes nothing: PEFT sets it aside for every nn.Linear, and all adapted
+    weights of an architecture with a table are that.
+
+    Raises:
+        UnsupportedError: the setting is on, and the architecture may have weights stored as (in, out).
+    """
+    if not isinstance(adapter, PeftAdapter) or not adapter.config.fan_in_fan_out:
+        return
+    if find_architecture(model.architecture) is None:
+        told = (
+            f"has fan_in_fan_out, which says that weights are stored transposed, as GPT-2's Conv1D has them; "
+            f"{model.architecture} may have such weights, and they are not supported. Where all its layers are "
+            f"nn.Linear, PEFT ignores the setting: write false in its place"
+        )
+        raise UnsupportedError(told, file=adapter.config.path)
 
 
 class ConvertedAdapter:
@@ -83,11 +102,11 @@ class ConvertedAdapter:
         self.source = adapter
         self.bridge = bridge
         self._places: dict[str, tuple[str, Rule]] = {}
-        self._left_out: list[str] = []
+        self._left_out: dict[str, list[str]] = {}
         self._check_stacks()
         pairs = [part for pair in adapter.pairs.values() for part in self._parts(pair)]
         if not pairs:
-            raise UnsupportedError("; ".join(self._left_out), file=adapter.path)
+            raise UnsupportedError("; ".join(self._told_left_out()), file=adapter.path)
         self.pairs: Mapping[str, LoraPair] = {
             pair.module: pair for pair in sorted(pairs, key=lambda pair: natural_order(pair.module))
         }
@@ -139,7 +158,9 @@ class ConvertedAdapter:
 
     @property
     def losses(self) -> tuple[str, ...]:
-        return (*self.source.losses, *self._left_out)
+        gone = {key for keys in self._left_out.values() for key in keys}  # how near their pairs are is beside the point
+        kept = (loss for loss in self.source.losses if loss.partition(": ")[0] not in gone)
+        return (*kept, *self._told_left_out())
 
     def load_magnitude(self, module: str) -> torch.Tensor:
         raise KeyError(module)
@@ -168,9 +189,17 @@ class ConvertedAdapter:
         """What a pair becomes; nothing, and a loss, where GGUF has no counterpart of its kind."""
         reason = self.bridge.architecture.no_pairs_because(pair.weight)
         if reason is not None:
-            self._left_out.append(f"{pair.key}: its pair is left out, since {reason}; merge the adapter into the model")
+            self._left_out.setdefault(reason, []).append(pair.key)
             return []
         return [self._part(pair, place) for place in places_in_gguf(self.bridge.architecture, pair, self.path)]
+
+    def _told_left_out(self) -> tuple[str, ...]:
+        """A sentence for every reason."""
+        return tuple(
+            f"{len(keys)} of {len(self.source.pairs)} pairs are left out, since {reason}; merge the adapter into the "
+            f"model: {named(keys)}"
+            for reason, keys in self._left_out.items()
+        )
 
     def _part(self, pair: LoraPair, place: Destination) -> LoraPair:
         rule = self._oriented(pair, place)

@@ -32,13 +32,14 @@ class GgufAdapter:
     peft_config: bytes | None = None
     frozen_tables: Mapping[str, str] = {}
     magnitudes: Mapping[str, str] = {}
-    losses: tuple[str, ...] = ()
 
     def __init__(self, header: GgufHeader) -> None:
         self.header = header
         self.notes = check_adapter(header, native=False)
         self._tensors = GgufTensors([header])
-        halves, _ = adapter_pairs(header)
+        halves, norms = adapter_pairs(header)
+        told = f"{', '.join(norms)}: norms, which llama.cpp ignores and no pairs can hold: left out"
+        self.losses: tuple[str, ...] = (told,) if norms else ()
         pairs = [pair for name, (a, b) in halves.items() for pair in self._pairs(name, a, b)]
         if not pairs:
             raise FormatError("holds no LoRA pairs", file=header.path)

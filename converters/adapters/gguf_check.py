@@ -23,6 +23,7 @@ from converters.gguf_types import Kind
 # No matrix product on a CPU: I32 and F64 segfault, the Q8 kinds are for intermediate results.
 NOT_MULTIPLIED = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
 _HEAD = "output.weight"
+_STACK = "_exps.weight"
 ACTIVATED = "is an activated LoRA: llama-server alone honours its invocation tokens, elsewhere it acts on every token"
 _NOT_MODELS = ("adapter", "mmproj", "imatrix")
 
@@ -208,6 +209,11 @@ def _check_ranks(adapter: GgufHeader, name: str, pair: Pair) -> Iterator[Finding
         found = f"A is {list(pair[0].shape)} and B is {list(pair[1].shape)}"
         order = "(vocabulary, r) and (dim, r)" if name.endswith(EMBEDDING) else "(r, in) and (out, r)"
         yield FormatError(f"{found}; expected {order} of one rank", file=adapter.path, tensor=name)
+    if name.endswith(_STACK) and len(pair[0].shape) < 3:
+        told = (
+            f"A is {list(pair[0].shape)}, and a stack of experts needs (experts, r, in): llama.cpp would read past it"
+        )
+        yield FormatError(told, file=adapter.path, tensor=name)
     experts = math.prod(a[:-2])
     if experts > MAX_EXPERTS:
         told = f"claims {experts} experts; at most {MAX_EXPERTS} are read"

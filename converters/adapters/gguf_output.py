@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from converters.adapters.card import card_of
 from converters.adapters.converted import places_in_gguf
 from converters.adapters.gguf import GgufAdapter
+from converters.adapters.gguf_check import ACTIVATED
 from converters.adapters.gguf_ignored import ignored_kinds
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.adapters.naming import base_names, finetune_of, whole_finetune
@@ -23,10 +24,12 @@ from converters.gguf_file import TensorOut, Value, float32, text, texts, uint32,
 from converters.identity import ModelIdentity, identify
 from converters.layouts import table_of
 from converters.models import ModelDescription
+from converters.names import named
 
 if TYPE_CHECKING:
     import torch
 
+_LEAST_ALPHA = 1e-30  # less would be 0 in float32, or lose its digits
 _FILE_TYPES = {QType.F32: 0, QType.F16: 1, QType.Q8_0: 7, QType.BF16: 32}  # llama.h, enum llama_ftype
 _REMEDY = "Writing a PEFT directory (an --out that does not end in .gguf) works for any architecture"
 
@@ -127,18 +130,22 @@ class GgufOutput:
         headless = table is not None and not table.to_gguf("lm_head")  # GGUF has one matrix for both ends
         for module, pair in adapter.pairs.items():
             self._check(self._places[module].name, pair, tied=headless or model.tied_embeddings)
-        # GGUF keeps one alpha, and reads 0 as "none": then B takes the whole scaling (which is 0).
-        self._alpha = adapter.lora_alpha or 1.0
+        # GGUF keeps one alpha, and reads 0 as "none": then B takes the whole scaling.
+        self._alpha = adapter.lora_alpha if abs(adapter.lora_alpha) > _LEAST_ALPHA else 1.0
 
     @property
     def losses(self) -> tuple[str, ...]:
         """Pairs that llama.cpp loads and never applies; they are written, so that nothing is gone on the way back."""
         kinds = ignored_kinds(self._architecture, [place.name for place in self._places.values()])
         return tuple(
-            f"llama.cpp loads and does not apply the pairs on {kind} ({len(names)}, the first on {names[0]}): merge "
-            f"the adapter into the model"
+            f"llama.cpp loads and does not apply the pairs on {kind} ({len(names)}); merge the adapter into the model: "
+            f"{named(names)}"
             for kind, names in kinds.items()
         )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"the adapter {ACTIVATED}",) if self._adapter.invocation_tokens else ()
 
     def name_of(self, module: str) -> str | None:
         return self._places[module].name

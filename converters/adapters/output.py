@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.adapters.storing import PairOut, Rounding
-from converters.architectures import HeadCounts, Rule
+from converters.architectures import NO_HEADS, HeadCounts, Rule
 from converters.models import ModelDescription
 
 if TYPE_CHECKING:
@@ -52,6 +52,10 @@ class AdapterOutput(Protocol):
     def losses(self) -> tuple[str, ...]:
         """What the format can't hold, or llama.cpp loads and does not apply; a sentence each, with the way out."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What else a reader should know of how the output is applied; a sentence each."""
+
     def name_of(self, module: str) -> str | None:
         """The module's tensor in GGUF, where its architecture is known."""
 
@@ -82,13 +86,13 @@ class Place:
         return self.rule.pair(a, b, heads)
 
 
-def needed_heads(model: ModelDescription, places: Iterable[Place]) -> HeadCounts | None:
-    """The model's heads, if any rule depends on them; not every model says.
+def needed_heads(model: ModelDescription, places: Iterable[Place]) -> HeadCounts:
+    """The model's heads, if any rule depends on them, else `NO_HEADS`; not every model says.
 
     Raises:
         FormatError, UnsupportedError: they are needed and can't be told.
     """
-    return model.heads() if any(place.rule and place.rule.transforms for place in places) else None
+    return model.heads() if any(place.rule and place.rule.by_heads for place in places) else NO_HEADS
 
 
 def pair_out(

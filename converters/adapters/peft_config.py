@@ -23,7 +23,6 @@ _REFUSED_SWITCHES = {
     "monteclora_config": "is a Monteclora adapter, whose weights are random variables",
     "use_bdlora": "is a BD-LoRA adapter, whose matrices are block-diagonal",
     "arrow_config": "is an Arrow router over several adapters",
-    "fan_in_fan_out": "stores its base weights transposed (fan_in_fan_out, GPT-2's Conv1D), not supported",
 }
 
 _MOST_NAMES = 10_000
@@ -54,6 +53,8 @@ class PeftConfig:
         trains_tokens: whether single tokens were trained (trainable_token_indices).
         lora_bias: whether every lora_B was trained with a bias.
         bias: which of the base's biases were trained: none, all or lora_only.
+        fan_in_fan_out: whether weights that PEFT can't tell by their class are stored as (in, out). It sets this aside
+            for every nn.Linear, but not for GPT-2's Conv1D.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class PeftConfig:
     trains_tokens: bool
     lora_bias: bool
     bias: str
+    fan_in_fan_out: bool
 
     def meanings(self, modules: Sequence[str]) -> dict[str, Meaning]:
         """Rank and scaling by module, by the names that PEFT matches its patterns against: those of the adapter's
@@ -124,6 +126,7 @@ def parse_peft_config(raw: Mapping[str, Any], path: Path, *, dora: bool = False)
         trains_tokens=bool(raw.get("trainable_token_indices")),
         lora_bias=_flag(raw, "lora_bias", path),
         bias=_bias(raw, path),
+        fan_in_fan_out=_flag(raw, "fan_in_fan_out", path),
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from converters.adapters.peft_config import PeftConfig
 from converters.errors import FormatError
+from converters.names import named
 
 MERGE = "merge the adapter into its model (PEFT's merge_and_unload)"
 _MOST_LETTERS = 500_000_000  # that are compared with modules_to_save, about half a second
@@ -29,8 +30,7 @@ class Kind(Enum):
     BIAS = "trained biases"
     NORM = "trained norms"
     TABLE = (
-        "whole tables saved beside the pairs; where the vocabulary was resized or they were trained, they are part of "
-        "the update"
+        "whole tables saved beside the pairs, part of the update where the vocabulary was resized or they were trained"
     )
     UNTRAINED = "the base model's own, saved along"
 
@@ -50,18 +50,18 @@ class BesidePairs:
     names: Mapping[Kind, Sequence[str]]
 
     def __str__(self) -> str:
-        return "; ".join(f"{kind.value}: {_listed(names)}" for kind, names in self.names.items())
+        return "; ".join(f"{kind.value}: {_first_of(names)}" for kind, names in self.names.items())
 
     def losses(self, config: PeftConfig) -> tuple[str, ...]:
         """A sentence for each kind, and for what the configuration announces and the file lacks."""
         lost = {kind: names for kind, names in self.names.items() if kind is not Kind.UNTRAINED}
-        told = [f"{_listed(names)}: {kind.value}; pairs can't hold them: {MERGE}" for kind, names in lost.items()]
+        told = [f"{kind.value}, which pairs can't hold; {MERGE}: {named(names)}" for kind, names in lost.items()]
         return (*told, *self._missing(config))
 
     def notes(self, config: PeftConfig) -> tuple[str, ...]:
         """A sentence for what is no part of the update and worth knowing."""
         untrained = [name for name in self.names.get(Kind.UNTRAINED, ()) if name.endswith(".bias")]
-        told = [f"{_listed(untrained)}: {Kind.UNTRAINED.value} and left out"] if untrained else []
+        told = [f"{Kind.UNTRAINED.value} and left out: {named(untrained)}"] if untrained else []
         if config.bias != "none" and Kind.BIAS not in self.names:
             told.append(f"its configuration says that biases were trained (bias: {config.bias}), and it holds none")
         return tuple(told)
@@ -72,7 +72,7 @@ class BesidePairs:
         absent = [module for module in config.modules_to_save if module not in found]
         if found & _HEADS:
             absent = [module for module in absent if module not in _HEADS]
-        announced = [f"{_listed(absent)} (modules_to_save)"] if absent else []
+        announced = [f"{named(absent)} (modules_to_save)"] if absent else []
         if config.trains_tokens and Kind.TOKENS not in self.names:
             announced.append("single tokens (trainable_token_indices)")
         if config.lora_bias and Kind.LORA_BIAS not in self.names:
@@ -124,5 +124,5 @@ def _kind_of_weight(name: str) -> Kind | None:
     return Kind.TABLE if name in _TABLES else None
 
 
-def _listed(names: Sequence[str]) -> str:
+def _first_of(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -115,6 +115,7 @@ class PeftOutput:
     """A PEFT directory, with the adapter's own configuration where it has one."""
 
     losses: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __init__(self, out: Path, qtype: QType, adapter: LoraAdapter, model: ModelDescription, *, force: bool) -> None:
         check_target(out, force=force, directory=True)

@@ -75,7 +75,7 @@ def sort_tensors(file: SafetensorsFile, config: PeftConfig, tell: Tell = stop) -
     except InputError as error:
         tell(error)
     for name in unknown:
-        tell(_foreign_tensor(name, file.path))
+        tell(_foreign_tensor(name, config, file.path))
     if not found:
         held = f", only what pairs can't hold: {beside}" if beside.names else ""
         tell(FormatError(f"holds no LoRA pairs{held}", file=file.path))
@@ -260,12 +260,11 @@ def _both_halves(module: str, halves: Mapping[str, Sequence[str]], path: Path) -
     return halves["A"][0], halves["B"][0]
 
 
-def _foreign_tensor(key: str, path: Path) -> UnsupportedError:
-    if "lora_magnitude_vector" in key:
+def _foreign_tensor(key: str, config: PeftConfig, path: Path) -> InputError:
+    if "lora_magnitude_vector" in key and not config.use_dora:
         told = (
-            "holds DoRA magnitudes; DoRA's update is not of low rank: convert adapter makes the nearest pairs (or "
-            "merge it with PEFT)"
+            f"holds DoRA magnitudes, and {config.path.name} has no use_dora: they contradict each other. Set use_dora "
+            f"to true in it if the adapter was trained with DoRA; if not, the tensors are another adapter's"
         )
-    else:
-        told = "is neither a lora_A nor a lora_B and can't be expressed"
-    return UnsupportedError(told, file=path, tensor=key)
+        return FormatError(told, file=path, tensor=key)
+    return UnsupportedError("is neither a lora_A nor a lora_B and can't be expressed", file=path, tensor=key)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from converters.adapters.gguf_pairs import MAX_EXPERTS
 from converters.errors import FormatError, InputError, UnsupportedError
+from converters.names import named
 
 _WRAPPED = ".base_layer"
 _DEEPEST = 32  # names in one name, dots between them, that are compared
@@ -108,8 +109,7 @@ def notes_on_targets(targets: Sequence[str], parameters: Iterable[str]) -> tuple
     absent = [target for target in targets if target not in met]
     if not absent:
         return ()
-    more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-    return (f"target_parameters names {absent[0]}{more}, and there is no pair for it",)
+    return (f"there is no pair for what target_parameters names: {named(absent)}",)
 
 
 def _by_module(targets: Sequence[str], path: Path, tell: Tell) -> dict[str, set[str]]:

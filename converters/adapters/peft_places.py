@@ -18,8 +18,8 @@ from converters.adapters.gguf import GgufAdapter
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.adapters.output import LoadPair, Place
 from converters.adapters.storing import PairOut
-from converters.architectures import Architecture, Destination, HeadCounts, architecture_of, find_architecture
-from converters.errors import Error, UnsupportedError
+from converters.architectures import NO_HEADS, Architecture, Destination, HeadCounts, architecture_of, find_architecture
+from converters.errors import Error, FormatError, UnsupportedError
 from converters.models import ModelDescription
 from converters.names import canonical
 
@@ -136,6 +136,9 @@ def _named_by(adapter: LoraAdapter, architecture: Architecture, model: ModelDesc
                 file=adapter.path,
                 tensor=pair.key,
             )
+        if found.rule.stacked != (pair.expert is not None):
+            told = "a matrix, expected a stack of experts" if found.rule.stacked else "a stack, expected a matrix"
+            raise FormatError(f"is {told}: {architecture.name} has none here", file=adapter.path, tensor=pair.key)
         name = _as_peft_names(model, found.name)
         groups.setdefault(name, {}).setdefault(pair.expert, []).append((pair, found))
     pairs = [pair for name, group in groups.items() for pair in _joined(name, group, adapter, model)]
@@ -153,10 +156,10 @@ def _joined(
     scaling = next((pair.scaling for parts in members for pair, _ in parts if pair.scaling), 0.0)
     shared = all(_same_a([pair for pair, _ in parts], adapter) for parts in members)
     rank = max(parts[0][0].rank if shared else sum(pair.rank for pair, _ in parts) for parts in members)
-    heads = model.heads() if any(place.rule.transforms for parts in members for _, place in parts) else None
+    heads = model.heads() if any(place.rule.by_heads for parts in members for _, place in parts) else NO_HEADS
     for expert, parts in group.items():
         first, place = parts[0]
-        shape = first.shape if heads is None else place.rule.pair_shape(first.shape, heads)
+        shape = place.rule.pair_shape(first.shape, heads)
         ways = tuple(
             Part(pair.module, Place(name, found.rule), pair.scaling / scaling if scaling else 1.0)
             for pair, found in parts

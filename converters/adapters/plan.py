@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from converters.adapters.gguf import GgufAdapter
 from converters.adapters.gguf_output import GgufOutput
 from converters.adapters.lora import LoraAdapter
 from converters.adapters.naming import base_names, conventional_file_name, finetune_of
 from converters.adapters.output import AdapterOutput
-from converters.adapters.peft import CONFIG
+from converters.adapters.peft import CONFIG, WEIGHTS
 from converters.adapters.peft_output import PeftOutput
-from converters.errors import OutputPathError, UsageError, system_reason
+from converters.atomic import refuse_to_overwrite
+from converters.errors import MismatchError, OutputPathError, UsageError, system_reason
 from converters.ggml import OUTTYPES
 from converters.models import ModelDescription
 from converters.paths import is_there, resolved
 
 Kind = Literal["file", "inside", "peft"]
 
-_MODEL_FILES = ("model*.safetensors", "pytorch_model*.bin", "*.gguf")
+_ADAPTER_FILES = {CONFIG, WEIGHTS, "README.md", ".gitattributes"}
 _MOST_NAMES = 3
 
 
@@ -54,6 +57,7 @@ def plan_output(
         raise UsageError("--out is empty")
     if to == "peft" and is_gguf_name(out):
         raise UsageError("--to peft writes a directory, and --out ends in .gguf")
+    _check_stacks(adapter, model)
     kind, target = kind_of(out, to), Path(out)
     if kind != "peft":
         if kind == "inside":
@@ -65,6 +69,21 @@ def plan_output(
     _refuse_to_swallow(target, (adapter.path, *model.sources, *reads))
     _refuse_to_discard(target)
     return PeftOutput(target, OUTTYPES[outtype], adapter, model, force=force)
+
+
+def _check_stacks(adapter: LoraAdapter, model: ModelDescription) -> None:
+    """That a GGUF adapter's stacks have the model's number of experts: llama.cpp reads past the end of others."""
+    if not isinstance(adapter, GgufAdapter) or not model.experts:
+        return
+    counts = Counter(pair.weight for pair in adapter.pairs.values() if pair.expert is not None)
+    for pair in adapter.pairs.values():
+        if pair.expert is not None and counts[pair.weight] != model.experts:
+            raise MismatchError(
+                f"is a pair for {counts[pair.weight]} experts, and {model.path} has {model.experts}: the adapter is "
+                f"for another model",
+                file=adapter.path,
+                tensor=pair.tensors[0],
+            )
 
 
 def kind_of(out: str | Path, to: str | None) -> Kind:
@@ -102,13 +121,6 @@ def _conventional_name(adapter: LoraAdapter, model: ModelDescription, label: str
     return conventional_file_name(base, "-".join(part for part in (own, label) if part), outtype)
 
 
-def refuse_to_overwrite(target: Path, inputs: Sequence[Path]) -> None:
-    """Raises OutputPathError: the target is an input, which stays what it is, whatever --force says."""
-    for path in inputs:
-        if resolved(target) == resolved(path):
-            raise OutputPathError("is one of the inputs; choose another name", file=target)
-
-
 def _refuse_to_swallow(out: Path, inputs: Sequence[Path]) -> None:
     """A directory that is swapped whole must not be, or hold, what is being read, nor the place one works in."""
     place = resolved(out)
@@ -128,8 +140,7 @@ def _refuse_to_discard(out: Path) -> None:
     if not any(entry.name == CONFIG for entry in entries):
         others, what = entries, "is a directory that is no adapter"
     else:
-        others = [entry for entry in entries if entry.is_dir() or any(entry.match(form) for form in _MODEL_FILES)]
-        what = "holds more than an adapter"
+        others, what = [entry for entry in entries if entry.name not in _ADAPTER_FILES], "holds more than an adapter"
     if others:
         names = ", ".join(entry.name for entry in others[:_MOST_NAMES]) + ", ..." * (len(others) > _MOST_NAMES)
         raise OutputPathError(

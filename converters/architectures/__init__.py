@@ -4,8 +4,17 @@ One module per family, each a table entry; nothing here branches on a family's n
 `Architecture` and list it in `registry`.
 """
 
-from converters.architectures.heads import HeadCounts
+from converters.architectures.heads import NO_HEADS, HeadCounts
 from converters.architectures.registry import KNOWN, architecture_of, find_architecture
 from converters.architectures.table import Architecture, Destination, Rule
 
-__all__ = ["KNOWN", "Architecture", "Destination", "HeadCounts", "Rule", "architecture_of", "find_architecture"]
+__all__ = [
+    "KNOWN",
+    "NO_HEADS",
+    "Architecture",
+    "Destination",
+    "HeadCounts",
+    "Rule",
+    "architecture_of",
+    "find_architecture",
+]

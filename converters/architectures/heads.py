@@ -53,6 +53,10 @@ class HeadCounts:
         return cls(query, key_value, latent_key)
 
 
+NO_HEADS = HeadCounts(1, 1)
+"""For rules that no heads matter to."""
+
+
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     inner = config.get("text_config")
     if not isinstance(inner, dict):

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from converters.architectures.heads import HeadCounts
-from converters.architectures.transforms import Transform
+from converters.architectures.transforms import HeadParts, PermuteHeads, Transform, UngroupHeads
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _LAYER, _EXPERT = "{i}", "{e}"
 _NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d{0,5})(?=\.)")
 _TEXT = "model."
+_BESIDE_TEXT = frozenset({"vision_tower", "vision_model", "visual", "multi_modal_projector", "audio_tower"})
+_OTHER_FILE = "llama.cpp keeps what is not the language model in a file of its own (mmproj), which no adapter reaches"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Rule:
     bare: Literal["weight", "bias"] | None = None
     stacked: bool = False
     parameter: bool = False
+
+    @property
+    def by_heads(self) -> bool:
+        """Whether what it does depends on the model's heads."""
+        return any(isinstance(transform, PermuteHeads | UngroupHeads | HeadParts) for transform in self.transforms)
 
     def inverse(self) -> Rule:
         """The rule that leads back."""
@@ -138,16 +145,21 @@ class Architecture:
 
     def no_pairs_because(self, module: str) -> str | None:
         """Why a pair of this module of a checkpoint has no counterpart in GGUF; None where it may have one."""
+        if self.composites and _is_beside_text(module):
+            return _OTHER_FILE
         return self.without_pairs.get(_pattern(module)[0])
 
     def name_in(self, model_class: str, module: str) -> str:
         """The name that a module of the rules has in a model of a class, as PEFT must know it.
 
-        transformers has the text half of a composite model in `model.language_model`, whatever its files say
-        (see `converters.names.canonical`), and the head beside it.
+        transformers has the text half of a composite model in `model.language_model`, the others beside that in
+        `model`, whatever its files say (see `converters.names.canonical`), and the head by itself.
         """
-        wrapped = model_class in self.composites and module.startswith(_TEXT)
-        return f"{_TEXT}language_model.{module.removeprefix(_TEXT)}" if wrapped else module
+        if model_class not in self.composites:
+            return module
+        if _is_beside_text(module):
+            return _TEXT + module.removeprefix(_TEXT)
+        return f"{_TEXT}language_model.{module.removeprefix(_TEXT)}" if module.startswith(_TEXT) else module
 
     @cached_property
     def _forward(self) -> Mapping[str, tuple[Rule, ...]]:
@@ -156,6 +168,11 @@ class Architecture:
     @cached_property
     def _backward(self) -> Mapping[str, tuple[Rule, ...]]:
         return _by_source(rule.inverse() for rule in self.rules if not rule.one_way)
+
+
+def _is_beside_text(module: str) -> bool:
+    """Whether a composite model's module is of another part than its language model."""
+    return module.removeprefix(_TEXT).partition(".")[0] in _BESIDE_TEXT
 
 
 def _by_source(rules: Iterable[Rule]) -> Mapping[str, tuple[Rule, ...]]:

@@ -20,11 +20,10 @@ from safetensors.torch import load_file, save_file
 
 INVOCATION = (5, 6)
 """aLoRA's invocation tokens."""
-_EXPERTS = 4
-_EXPERT_SHAPES = {"gate_proj": (32, 64), "up_proj": (32, 64), "down_proj": (64, 32)}  # (out, in)
-_MLX_SCALE = 10.0
+EXPERTS = 4
+EXPERT_SHAPES = {"gate_proj": (32, 64), "up_proj": (32, 64), "down_proj": (64, 32)}  # (out, in)
 _MIXTURE = {
-    "num_experts": _EXPERTS,
+    "num_experts": EXPERTS,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
     "head_dim": 32,
@@ -106,7 +105,9 @@ class Workshop:
 Make = Callable[[Workshop, Path], Adapter]
 
 
-def lora(kind: str = "llama", outtype: str = "f32", **options: Any) -> Make:
+def lora(
+    kind: str = "llama", outtype: str = "f32", load: Callable[[Path], Any] = peft_side.load_model, **options: Any
+) -> Make:
     """PEFT's adapter with these options of its LoraConfig, every part of it trained."""
 
     def make(workshop: Workshop, place: Path) -> Adapter:
@@ -115,7 +116,7 @@ def lora(kind: str = "llama", outtype: str = "f32", **options: Any) -> Make:
         targets = rf".*language_model.*\.({'|'.join(PROJECTIONS)})" if SPECS[kind].vision else list(PROJECTIONS)
         config = {"r": 4, "lora_alpha": 8, "target_modules": targets, **options}
         model = workshop.model(kind)
-        adapted = peft.get_peft_model(peft_side.load_model(model), peft.LoraConfig(task_type="CAUSAL_LM", **config))
+        adapted = peft.get_peft_model(load(model), peft.LoraConfig(task_type="CAUSAL_LM", **config))
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for parameter in adapted.parameters():
@@ -216,6 +217,31 @@ def invoked(workshop: Workshop, place: Path) -> Adapter:
     return replace(adapter, path=copy)
 
 
+def transposed(workshop: Workshop, place: Path) -> Adapter:
+    """A copied setting; PEFT itself, which sets it aside for nn.Linear, would not save it."""
+    adapter = lora()(workshop, place)
+    _configure(place, fan_in_fan_out=True)
+    return adapter
+
+
+def older_stacks(**options: Any) -> Make:
+    """Before 0.19 PEFT took every stack to be (experts, in, out), as a model can still tell it to."""
+
+    def load(path: Path) -> Any:
+        model = peft_side.load_model(path)
+        for layer in model.model.layers:
+            layer.mlp.experts.is_transposed = True
+        return model
+
+    def make(workshop: Workshop, place: Path) -> Adapter:
+        adapter = lora("qwen3moe", load=load, **options)(workshop, place)
+        truth = feature_truth.merged(adapter.model, place, load)
+        _configure(place, peft_version="0.18.1")
+        return replace(adapter, formula=truth)
+
+    return make
+
+
 def pickled(workshop: Workshop, place: Path) -> Adapter:
     adapter = lora()(workshop, place / "original")
     copy = place / "adapter"
@@ -232,8 +258,8 @@ def experts_one_by_one(*experts: int) -> Make:
         generator = torch.Generator().manual_seed(4)
         tensors, truth = {}, {}
         for layer in range(COMMON["num_hidden_layers"]):
-            for name, (out, into) in _EXPERT_SHAPES.items():
-                delta = np.zeros((_EXPERTS, out, into))
+            for name, (out, into) in EXPERT_SHAPES.items():
+                delta = np.zeros((EXPERTS, out, into))
                 for expert in experts:
                     a, b = (0.1 * torch.randn(size, generator=generator) for size in ((4, into), (out, 4)))
                     key = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{name}"
@@ -244,40 +270,3 @@ def experts_one_by_one(*experts: int) -> Make:
         return Adapter(place, workshop.model("qwen3moe"), "qwen3moe", workshop.model("qwen3moe"), place, truth)
 
     return make
-
-
-def mlx(workshop: Workshop, place: Path) -> Adapter:
-    """mlx-lm's linear layers. Truth: its scale * (a @ b)^T, written out."""
-    generator = torch.Generator().manual_seed(5)
-    tensors, truth = {}, {}
-    for layer in range(COMMON["num_hidden_layers"]):
-        for name, (out, into) in {"self_attn.q_proj": (64, 64), "mlp.down_proj": (64, 96)}.items():
-            module = f"model.layers.{layer}.{name}"
-            a, b = (0.1 * torch.randn(size, generator=generator) for size in ((into, 4), (4, out)))
-            tensors |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
-            truth[f"{module}.weight"] = _MLX_SCALE * (a.double() @ b.double()).T.numpy()
-    return _save_mlx(workshop, place, "llama", tensors, truth)
-
-
-def mlx_experts(workshop: Workshop, place: Path) -> Adapter:
-    """mlx-lm's stacked experts. Truth: its scale * b[e] @ a[e] for each, written out."""
-    generator = torch.Generator().manual_seed(6)
-    tensors, truth = {}, {}
-    for layer in range(COMMON["num_hidden_layers"]):
-        for name, (out, into) in _EXPERT_SHAPES.items():
-            module = f"model.layers.{layer}.mlp.switch_mlp.{name}"
-            sizes = ((_EXPERTS, 4, into), (_EXPERTS, out, 4))
-            a, b = (0.1 * torch.randn(size, generator=generator) for size in sizes)
-            tensors |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
-            truth[f"model.layers.{layer}.mlp.experts.{name}"] = _MLX_SCALE * (b.double() @ a.double()).numpy()
-    return _save_mlx(workshop, place, "qwen3moe", tensors, truth)
-
-
-def _save_mlx(
-    workshop: Workshop, place: Path, kind: str, tensors: Mapping[str, torch.Tensor], truth: Deltas
-) -> Adapter:
-    parameters = {"rank": 4, "scale": _MLX_SCALE, "dropout": 0.0}
-    place.mkdir()
-    (place / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "lora_parameters": parameters}))
-    save_file(dict(tensors), place / "adapters.safetensors", {"format": "mlx"})
-    return Adapter(place, workshop.model(kind), kind, workshop.model(kind), place, truth)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import gguf
 import numpy as np
@@ -20,11 +20,11 @@ PLAINLY = 0.1  # relative errors above this are no rounding
 PERMUTED = ("llama", "mistral3")
 
 
-def merged(model: Path, adapter: Path) -> Deltas:
+def merged(model: Path, adapter: Path, load: Callable[[Path], Any] = peft_side.load_model) -> Deltas:
     """Merged minus original of every parameter that PEFT changes, in float64, by transformers' names."""
     import peft
 
-    before = peft_side.load_model(model)
+    before = load(model)
     original = {name: value.double() for name, value in before.state_dict().items()}
     after = peft.PeftModel.from_pretrained(before, adapter).double().merge_and_unload().state_dict()
     found = {name: reference.float64(after[name] - original[name]) for name in original}

@@ -20,13 +20,14 @@ from conformance.feature_adapters import (
     invoked,
     local_path,
     lora,
-    mlx,
-    mlx_experts,
+    older_stacks,
     on_base,
     packed_config,
     pickled,
     renamed,
+    transposed,
 )
+from conformance.feature_mlx import mlx, mlx_dora, mlx_experts
 from conformance.feature_truth import Verdict
 from conformance.peft_side import ALPHAS, RANKS
 from conformance.specs import ATTENTION, PROJECTIONS
@@ -79,13 +80,14 @@ def refused(words: str, mark: str) -> Cell:
     return Cell("refused", f"refused: {words}", mark)
 
 
-def left_out(mark: str) -> Cell:
-    return Cell("parts missing", "the pairs, with a warning; `--strict` refuses", mark)
+def left_out(mark: str, words: str = "the pairs") -> Cell:
+    return Cell("parts missing", f"{words}, with a warning; `--strict` refuses", mark)
 
 
 _TIED = refused("merge it", "Merge")
 _TARGETS = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
 _ROUGH = Cell("right", "right, `lora_b` in F16", allowed=0.02)
+_NEAREST = Cell("right", "nearest pairs, every error stated", "DoRA", allowed=0.0101)
 _MIXED = {"target_modules": list(ATTENTION), "target_parameters": _TARGETS}
 
 FEATURES: Mapping[str, Feature] = {
@@ -109,9 +111,9 @@ FEATURES: Mapping[str, Feature] = {
     "every expert, one by one": Feature(experts_one_by_one(0, 1, 2, 3), RIGHT, RIGHT),
     "some experts": Feature(experts_one_by_one(1, 3), FAILS, RIGHT),
     "`target_parameters` (fused experts)": Feature(lora("qwen3moe", **_MIXED), FAILS, RIGHT),
-    "DoRA": Feature(
-        lora(use_dora=True), FAILS, Cell("right", "nearest pairs, every error stated", "DoRA", allowed=0.0101)
-    ),
+    "`target_parameters` of PEFT before 0.19": Feature(older_stacks(**_MIXED), FAILS, RIGHT),
+    "DoRA": Feature(lora(use_dora=True), FAILS, _NEAREST),
+    "DoRA on embeddings": Feature(lora(use_dora=True, target_modules=["v_proj", "embed_tokens"]), FAILS, _NEAREST),
     "`modules_to_save`": Feature(lora(modules_to_save=["lm_head"]), FAILS, left_out("lm_head")),
     "trained biases": Feature(lora("qwen2", bias="all"), FAILS, left_out("bias")),
     "`lora_bias`": Feature(lora("qwen2", target_modules=["q_proj", "k_proj"], lora_bias=True), FAILS, left_out("bias")),
@@ -126,6 +128,12 @@ FEATURES: Mapping[str, Feature] = {
     ),
     "`model.language_model.` in tensor names": Feature(lora("gemma3"), RIGHT, RIGHT),
     "aLoRA's invocation tokens": Feature(invoked, RIGHT, RIGHT),
+    "`fan_in_fan_out` on linear layers": Feature(transposed, RIGHT, RIGHT),
+    "a vision-language model, its vision tower adapted too": Feature(
+        lora("gemma3", target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]),
+        Cell("parts missing", "**dropped in silence**"),
+        left_out("mmproj", "the language model's pairs"),
+    ),
     "a Mistral 3 base": Feature(lora("mistral3"), MODEL, RIGHT),
     "PiSSA, not converted": Feature(
         lora(init_lora_weights="pissa"), OTHER_BASE, refused("save it converted", "save it converted")
@@ -139,6 +147,7 @@ FEATURES: Mapping[str, Feature] = {
     ),
     "MLX": Feature(mlx, FAILS, RIGHT),
     "MLX, experts": Feature(mlx_experts, FAILS, RIGHT),
+    "MLX, DoRA": Feature(mlx_dora, FAILS, _NEAREST),
     "a base with bitsandbytes in its config": Feature(on_base(packed_config), FAILS, RIGHT),
     "a base with an index and no shards": Feature(on_base(index_alone), FAILS, RIGHT),
     "a base of which only `config.json` is there": Feature(on_base(config_directory), RIGHT, RIGHT),

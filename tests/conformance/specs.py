@@ -50,7 +50,7 @@ class Spec:
     """One model class and its configuration.
 
     Attributes:
-        settings: beside or in the place of `COMMON`; None leaves a common one out.
+        settings: beside or in the place of `COMMON`; None leaves a common one out, and is the value of any other.
         vision: of a composite model, whose text half the settings are then.
         targets: the names of all linear modules.
         parameters: of a mixture of experts: what PEFT adapts as parameters, `target_parameters`.
@@ -72,7 +72,8 @@ class Spec:
 
     def options(self) -> dict[str, Any]:
         """What the configuration class is called with."""
-        found = {key: value for key, value in {**COMMON, **self.settings}.items() if value is not None}
+        left_out = {key for key in COMMON if key in self.settings and self.settings[key] is None}
+        found = {key: value for key, value in {**COMMON, **self.settings}.items() if key not in left_out}
         if self.vision is None:
             return found
         return {

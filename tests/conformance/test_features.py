@@ -177,6 +177,7 @@ def test_invocation_tokens(upstream: Mapping[str, Converted], ours: Mapping[str,
     for found in (upstream, ours):
         field = gguf.GGUFReader(found["aLoRA's invocation tokens"].out).fields["adapter.alora.invocation_tokens"]
         assert field.contents() == list(INVOCATION) and field.types[-1] == gguf.GGUFValueType.UINT32
+    assert any("llama-server alone" in note for note in ours["aLoRA's invocation tokens"].told["notes"])
 
 
 def test_q8_0_is_what_it_is(upstream: Mapping[str, Converted], ours: Mapping[str, Converted]) -> None:

@@ -111,7 +111,7 @@ def test_b_is_read_once_for_all_experts(tmp_path: Path) -> None:
 
 def test_a_target_without_a_pair_is_noted(tmp_path: Path) -> None:
     adapter = open_with(tmp_path, pairs({Q0: (8, 8)}, 1), [*BOTH, f"{Q0}.weight"])
-    assert adapter.notes == (f"target_parameters names {BOTH[0]} and 1 more, and there is no pair for it",)
+    assert adapter.notes == (f"there is no pair for what target_parameters names: {BOTH[0]}, {BOTH[1]}",)
 
 
 REFUSED: dict[str, tuple[dict[str, torch.Tensor], list[str], type[Exception], str]] = {

@@ -112,6 +112,8 @@ def test_many_losses_are_counted(trio: Trio) -> None:
         refuse_losses(adapter, ["one.", "two."])
     with pytest.raises(UnsupportedError, match=r": 9 things .*the first is: loss 0$"):
         refuse_losses(adapter, [f"loss {place}" for place in range(9)])
+    with pytest.raises(UnsupportedError, match=r": 1 thing .*--strict.*: x{400,500}\.\.\. \(the rest in the report\)$"):
+        refuse_losses(adapter, ["x" * 10_000])
     refuse_losses(adapter, [])
 
 
@@ -132,6 +134,82 @@ def test_pairs_that_llama_cpp_ignores_are_a_loss(tmp_path: Path) -> None:
     strict = convert(source, tmp_path / "strict.gguf", "--strict")
     assert strict.exit_code == 3 and not (tmp_path / "strict.gguf").exists()
     assert "attn_q_a" in strict.stderr and "attn_kv_a_mqa" in strict.stderr
+
+
+def test_a_loss_with_many_names_is_whole_in_the_report_alone(trio: Trio, tmp_path: Path) -> None:
+    names = {f"base_model.model.model.layers.{layer}.mlp.up_proj.bias" for layer in range(100)}
+    tensors = {**load_file(trio.adapter / WEIGHTS), **{name: torch.ones(96) for name in names}}
+    save_file(tensors, trio.adapter / WEIGHTS)
+    for told in (
+        project(trio, tmp_path / "1.gguf", "--json"),
+        convert(trio.adapter, tmp_path / "2.gguf", "--base", trio.aligned, "--json"),
+    ):
+        (loss,) = json.loads(told.stdout)["losses"]
+        assert told.exit_code == 0 and names == set(loss.rpartition(": ")[2].split(", "))
+        (line,) = told.stderr.splitlines()
+        assert line.endswith("... (the rest in the report)") and len(line) < 600
+        assert "merge the adapter into its model" in line and line[len("warning: ") : 400] in loss
+
+
+def test_what_was_folded_is_named_in_full_in_the_report_alone(trio: Trio, tmp_path: Path) -> None:
+    with_setting(use_rslora=True, alpha_pattern={"v_proj": 2})(trio.adapter)
+    told = convert(trio.adapter, tmp_path / "1.gguf", "--base", trio.aligned, "--json")
+    (note,) = (note for note in json.loads(told.stdout)["notes"] if "multiplied into lora_B" in note)
+    for scaling, chosen in (("4", False), ("1", True)):  # alpha / sqrt(4), where alpha / r is 8 / 4
+        names = [module for module in trio.modules if module.endswith("v_proj") is chosen]
+        assert f"{scaling} instead of 2 on " in note and all(name in note for name in names)
+    table = convert(trio.adapter, tmp_path / "2.gguf", "--base", trio.aligned)
+    (line,) = (line for line in table.stdout.splitlines() if "multiplied into lora_B" in line)
+    assert line.endswith("... (the rest in the report)") and len(line) <= 500
+
+
+def test_what_only_llama_server_honours_is_a_note(trio: Trio, tmp_path: Path) -> None:
+    """llama.cpp's server activates an aLoRA by its tokens; its library, and so every other program, applies it always.
+    PEFT honours the tokens itself."""
+    with_setting(alora_invocation_tokens=[3, 4])(trio.adapter)
+    for number, (ending, expected) in enumerate(((".gguf", 1), ("", 0))):
+        out = [tmp_path / f"{number}{kind}{ending}" for kind in "pc"]
+        for told in (
+            project(trio, out[0], "--json", "--strict"),
+            convert(trio.adapter, out[1], "--base", trio.aligned, "--json", "--strict"),
+        ):
+            assert told.exit_code == 0, told.output
+            report = json.loads(told.stdout)
+            assert report["losses"] == []
+            assert sum("llama-server alone" in note for note in report["notes"]) == expected
+        if ending:
+            back = convert(out[1], tmp_path / "again.gguf", "--json")
+            assert any("llama-server alone" in note for note in json.loads(back.stdout)["notes"])
+
+
+@pytest.mark.parametrize("ending", [".gguf", ""])
+def test_fan_in_fan_out_changes_nothing_about_linear_layers(ending: str, trio: Trio, tmp_path: Path) -> None:
+    """PEFT warns and sets it aside for nn.Linear (tuners/lora/model.py), which all adapted layers of a Llama are."""
+
+    def outputs(number: int) -> list[bytes]:
+        outs = [tmp_path / f"{number}{kind}{ending}" for kind in "pc"]
+        told = [project(trio, outs[0]), convert(trio.adapter, outs[1], "--base", trio.aligned)]
+        assert [result.exit_code for result in told] == [0, 0], told
+        pairs = [open_adapter(out) for out in outs]
+        return [half.numpy().tobytes() for adapter in pairs for name in adapter.pairs for half in adapter.load(name)]
+
+    plain = outputs(1)
+    with_setting(fan_in_fan_out=True)(trio.adapter)
+    assert outputs(2) == plain
+
+
+def test_fan_in_fan_out_of_unknown_layers_is_refused(trio: Trio, tmp_path: Path) -> None:
+    """GPT-2's Conv1D stores a weight as (in, out)."""
+    with_setting(fan_in_fan_out=True)(trio.adapter)
+    for model in (trio.base, trio.aligned):
+        (model / "config.json").write_text(json.dumps(config(trio.sizes, "GPT2LMHeadModel")))
+    for told in (
+        project(trio, tmp_path / "1", "--json"),
+        convert(trio.adapter, tmp_path / "2", "--base", trio.aligned, "--json"),
+    ):
+        assert (told.exit_code, json.loads(told.stdout)["error"]["kind"]) == (3, "unsupported")
+        assert re.search(r"fan_in_fan_out.*Conv1D.*GPT2LMHeadModel.*write false", told.stderr)
+    assert not (tmp_path / "1").exists() and not (tmp_path / "2").exists()
 
 
 def test_folding_and_rounding_are_no_losses(trio: Trio, tmp_path: Path) -> None:
@@ -199,6 +277,25 @@ def test_dora_needs_the_aligned_weights_and_is_an_approximation(dora: Trio, tmp_
     assert project(dora, tmp_path / "out.gguf", "--dora-rank", 0).exit_code == 2
     planned = project(dora, tmp_path / "out.gguf", "--dora-rank", 4, "--dry-run", "--json")
     assert planned.exit_code == 0 and any("DoRA" in loss for loss in json.loads(planned.stdout)["losses"])
+
+
+def test_a_rank_that_a_narrow_weight_has_not_is_its_own_there(dora: Trio, tmp_path: Path) -> None:
+    """Of a (32, 64) weight's update a pair of rank 32 is exact."""
+    told = convert(dora.adapter, tmp_path / "out", "--base", dora.aligned, "--dora-rank", 48, "--json")
+    assert told.exit_code == 0, told.output
+    report, adapter = json.loads(told.stdout), open_adapter(tmp_path / "out")
+    narrow = [module for module in dora.modules if module.endswith(("k_proj", "v_proj"))]
+    for module in dora.modules:
+        pair = adapter.pairs[module]
+        assert pair.rank == (32 if module in narrow else 48)
+        a, b = (half.double().numpy() for half in adapter.load(module))
+        expected = nearest(dora, module, pair.rank)
+        assert np.linalg.norm(pair.scaling * b @ a - expected) < 1e-4 * np.linalg.norm(expected)
+        (loss,) = (loss for loss in report["losses"] if module in loss)
+        assert (" is exact" in loss) == (module in narrow)
+    assert project(dora, tmp_path / "projected.gguf", "--dora-rank", 48).exit_code == 0
+    wrong = convert(dora.adapter, tmp_path / "wrong", "--base", dora.aligned, "--dora-rank", 65)
+    assert wrong.exit_code == 2 and "more than any module has: 64" in wrong.stderr
 
 
 def test_a_rank_for_dora_alone(trio: Trio, tmp_path: Path) -> None:
