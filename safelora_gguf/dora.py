@@ -214,7 +214,7 @@ class NearestPairs:
         pair = self.pairs[module]
         told = f"{pair.key}: DoRA as a pair of rank {pair.rank} is "
         if pair.rank == min(pair.shape):
-            told += "exact"
+            told += "exact (off by 0.00%)"
         elif module in self._errors:
             told += f"off by {self._errors[module]:.2%} of its update"
         else:
