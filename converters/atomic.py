@@ -12,15 +12,20 @@ import ctypes
 import errno
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from converters.errors import OutputPathError, WriteError, system_reason
+from converters.fingerprint import hashed_meanwhile
 from converters.paths import resolved
 
 _SUFFIX = ".safelora-gguf.tmp"
+_FEW = 8  # files of an adapter; of a model with more, in shards, nobody asks for one's hash
+_HELD = (signal.SIGINT, signal.SIGTERM)
 
 
 def check_target(target: Path, *, force: bool, directory: bool = False) -> None:
@@ -82,12 +87,30 @@ def atomic_file(target: Path, *, force: bool) -> Iterator[BinaryIO]:
             with opened as file, _locked(temporary, target):
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                with hashed_meanwhile(temporary):
+                    os.fsync(file.fileno())
             _publish_file(temporary, target, force=force)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         _flush_directory(target.parent)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Interruptions that come during the block take effect after it; in the main thread, where they are delivered."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in _HELD}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 @contextlib.contextmanager
@@ -109,12 +132,13 @@ def atomic_directory(target: Path, *, force: bool) -> Iterator[Path]:
         try:
             with _locked(temporary, target):
                 yield temporary
-                for path in sorted(temporary.rglob("*")):
-                    (_flush_directory if path.is_dir() else _flush_file)(path)
-                _flush_directory(temporary)
-            _publish_directory(temporary, target)
+                _flush_tree(temporary)
+            with _signals_held():  # between the swap and the end of what it replaced nothing may be left over
+                _publish_directory(temporary, target)
+                shutil.rmtree(temporary, ignore_errors=True)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with _signals_held():
+                shutil.rmtree(temporary, ignore_errors=True)
         _flush_directory(target.parent)
 
 
@@ -232,9 +256,16 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(function(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
 
 
-def _flush_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _flush_tree(directory: Path) -> None:
+    paths = sorted(directory.rglob("*"))
+    files = [path for path in paths if not path.is_dir()]
+    largest = max(files, key=lambda path: path.stat().st_size, default=None)
+    for path in files:
+        alone = hashed_meanwhile(path) if path == largest and len(files) < _FEW else contextlib.nullcontext()
+        with path.open("rb") as file, alone:
+            os.fsync(file.fileno())
+    for path in (*(path for path in paths if path.is_dir()), directory):
+        _flush_directory(path)
 
 
 def _flush_directory(path: Path) -> None:

@@ -14,7 +14,7 @@ from converters.architectures import Destination, HeadCounts, Rule
 from converters.bridge import Bridge
 from converters.errors import FormatError
 from converters.models import Layout, Model, ModelSizes
-from converters.names import canonical
+from converters.names import canonical, named
 from converters.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -162,6 +162,21 @@ class ConvertedModel:
 
     def fingerprint(self) -> str:
         return self._model.fingerprint()
+
+    def told(self, form: str) -> list[str]:
+        """What a reader should know of the way here: matrices without a place, and those that were split.
+
+        Args:
+            form: "adapter", whose pairs are for the parts.
+        """
+        placed = {own for place in self._places.values() for own in place.stored}
+        left = [own for own, info in self._model.infos.items() if own not in placed and len(info.shape) > 1]
+        notes = [f"GGUF has no place for {named(left)}: left out"] if left else []
+        split = [name for name, place in self._places.items() if place.rule.is_part]
+        if split and form == "adapter":
+            notes.append(f"{split[0]} and {len(split) - 1} more are parts of larger matrices in {self.path}: each has "
+                         f"its own directions here, those of the whole in a safetensors model")  # fmt: skip
+        return notes
 
     def packed_modules(self) -> set[str]:
         """The modules here whose weights are stored in a form that is not read, under names of its own."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from converters.errors import FileMissingError, system_reason
@@ -13,6 +15,7 @@ from converters.safetensors_file import SafetensorsFile
 
 _HEAD = 4096
 _CHUNK = 1 << 20
+_WORTHWHILE = 16 << 20  # bytes
 
 
 def fingerprint(files: Iterable[SafetensorsFile], extra: bytes = b"") -> str:
@@ -56,6 +59,42 @@ def _add(digest: hashlib._Hash, path: Path, header: int, tensors: Iterable[tuple
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 of a whole file."""
+    """sha256 of a whole file; what `hashed_meanwhile` has found for it is not computed again."""
+    known = _known.pop(_identity(path), None)
+    if known is not None:
+        return known
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def hashed_meanwhile(path: Path) -> Iterator[None]:
+    """Computes a finished file's sha256 while the block waits for its device; for whoever asks next, under any name.
+
+    Only for files that nobody changes any more.
+    """
+    if path.stat().st_size < _WORTHWHILE:
+        yield
+        return
+
+    def compute() -> None:
+        with contextlib.suppress(OSError):  # then whoever asks computes it
+            found = sha256_file(path)
+            _known.clear()
+            _known[_identity(path)] = found
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+_known: dict[tuple[int, ...], str] = {}
+"""Of the file that was written last, if it was large."""
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 
+_NEED_IMATRIX = ("IQ1_", "IQ2_", "IQ3_XXS", "IQ3_XS", "Q2_K_S")
 _COMMAND = llama_child.command_for("converters.quantizer_child")
 _TENSOR = re.compile(r"\[ *(\d+)/ *(\d+)\] +(\S+)")
 _WRITE_FAILED = "iostream error"  # what C++ says of a device that is full
@@ -92,8 +93,7 @@ def quantize_gguf(
     headers = read_gguf_headers(source, "GGUF model")
     if imatrix is not None:
         read_imatrix(imatrix)
-    if libggml.find_library() is None:
-        raise MissingLlamaError(f"quantizing to {wanted.name}")
+    _check_library(wanted)
     free_space_for(target, quantized_size(headers, wanted), f"the model in {wanted.name}")
     request = {
         "source": str(source.absolute()),
@@ -109,6 +109,24 @@ def quantize_gguf(
         if failure is not None:
             raise _error(failure, wanted, source, target, imatrix)
         return _checked(made, headers, wanted, target)
+
+
+def check_quantizer(wanted: FileType) -> None:
+    """Whether the quantizer can make a type without an importance matrix; to be called before any work is done.
+
+    Raises:
+        MissingLlamaError: llama-cpp-python is not installed or does not load.
+        UnsupportedError: the type needs an importance matrix.
+    """
+    _check_library(wanted)
+    if wanted.name.startswith(_NEED_IMATRIX):
+        told = f"{wanted.name} needs an importance matrix (imatrix), which is not taken here; take IQ4_XS or Q3_K_M"
+        raise UnsupportedError(told)
+
+
+def _check_library(wanted: FileType) -> None:
+    if libggml.find_library() is None:
+        raise MissingLlamaError(f"quantizing to {wanted.name}")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from converters.adapters.card import card_of
 from converters.adapters.output import Fact, Origin
 from converters.atomic import atomic_file, check_target
+from converters.converted_model import ConvertedModel
 from converters.errors import OutputPathError, UsageError
 from converters.identity import plain_name
 from converters.layouts import common_models
@@ -26,8 +27,9 @@ from safelora_gguf.alignment import Differences
 from safelora_gguf.device import exact_float32, resolve_device
 from safelora_gguf.extrapolate_model import CheckpointForm, GgufForm, plan_model
 from safelora_gguf.extrapolate_report import ExtrapolateReport, TensorReport
-from safelora_gguf.lox import Extrapolator, Step, Steps, check_rank, extrapolated_weights, identical, same_weight
+from safelora_gguf.lox import check_rank, extrapolated_weights, identical, same_weight, single_matrices
 from safelora_gguf.lox_adapter import AdapterForm
+from safelora_gguf.lox_steps import Extrapolator, Step, Steps
 from safelora_gguf.pairing import Triple, check_family
 from safelora_gguf.report import InputReport, OutputReport
 
@@ -213,7 +215,7 @@ class _Run:
             ],
             invocation=self._invocation,
             notes=(*self._output.losses, *self._output.notes, *self._notes()),
-            usage=[self._usage(lambda path: path.name)],
+            usage=self._usage(lambda path: path.name),
         ).to_markdown()
 
     def report(self, *, dry_run: bool) -> ExtrapolateReport:
@@ -230,7 +232,7 @@ class _Run:
             notes=(*self._output.losses, *self._output.notes, *self._notes()),
             losses=self._output.losses,
             planned_output=(str(self._output.target), self._output.planned_bytes()),
-            next_steps=(self._usage(str),) if not dry_run else (),
+            next_steps=self._usage(str) if not dry_run else (),
         )
 
     def _tensor(self, triple: Triple) -> TensorReport:
@@ -259,12 +261,17 @@ class _Run:
             names = ", ".join(self._output.name_of(triple) for triple in same[:_MOST_NAMES])
             more = f" and {len(same) - _MOST_NAMES} more" if len(same) > _MOST_NAMES else ""
             notes.append(f"base and aligned hold the same values in {names}{more}: left as they are")
-        shorter = [triple for triple in self._output.triples if self._rows(triple) != triple.pair.shape[0]]
         notes += [
-            f"{self._output.name_of(triple)}: the models have {triple.pair.shape[0]} tokens in common, of "
-            f"{self._rows(triple)}; the others' rows are left as they are"
-            for triple in shorter
+            f"{self._output.name_of(triple)}: the base has {rows[0]} tokens and the aligned model {rows[1]}; rows that "
+            f"only one of them has are left as they are"
+            for triple in self._every
+            if len(set(rows := self._rows(triple))) > 1
         ]
+        single = single_matrices(*self._models)
+        if single:
+            notes.append(f"in one of the models alone, and left as they are: {', '.join(single)}")
+        if isinstance(self._models[1], ConvertedModel):
+            notes += self._models[1].told(self._form)
         notes += [f"{module}: {step.note}" for module, step in self._steps.items() if step.note]
         low = [module for module, step in self._steps.items() if step.snr is not None and step.snr < _CLEAR]
         if low:
@@ -272,8 +279,11 @@ class _Run:
                          f"{len(low)} of {len(self._steps)} matrices")  # fmt: skip
         return notes
 
-    def _rows(self, triple: Triple) -> int:
-        return self._models[1].infos[triple.aligned_tensor].shape[-2]
+    def _rows(self, triple: Triple) -> tuple[int, int]:
+        """The rows that base and aligned have."""
+        names = triple.base_tensor, triple.aligned_tensor
+        ours, theirs = (model.infos[name].shape[-2] for model, name in zip(self._models, names, strict=True))
+        return ours, theirs
 
     def _origin(self) -> Origin:
         wanted = self._wanted
@@ -294,17 +304,17 @@ class _Run:
         )
         return Origin("LoX", description, ("lox", "safelora-gguf"), facts)
 
-    def _usage(self, shown: Callable[[Path], str]) -> str:
-        """How to measure what the output refuses."""
+    def _usage(self, shown: Callable[[Path], str]) -> tuple[str, ...]:
+        """The commands that measure what the output refuses."""
         target, aligned = self._output.target, self._models[1]
         place = shlex.quote(shown(target))
         is_file = target.suffix.lower() == ".gguf"
         if self._form == "model" and is_file:
-            return f"safelora-gguf smoke --model {place}"
+            return (f"safelora-gguf smoke --model {place}",)
         if self._form == "model":
-            return f"convert_hf_to_gguf.py {place} --outfile MODEL.gguf, then: safelora-gguf smoke --model MODEL.gguf"
+            return f"convert_hf_to_gguf.py {place} --outfile MODEL.gguf", "safelora-gguf smoke --model MODEL.gguf"
         model = shlex.quote(shown(aligned.path)) if aligned.format == "gguf" else "ALIGNED.gguf"
         if is_file:
-            return f"safelora-gguf smoke --model {model} --adapter {place}"
+            return (f"safelora-gguf smoke --model {model} --adapter {place}",)
         made = f"safelora-gguf convert adapter {place} --base {model} --out LOX.gguf"
-        return f"{made}, then: safelora-gguf smoke --model {model} --adapter LOX.gguf"
+        return made, f"safelora-gguf smoke --model {model} --adapter LOX.gguf"

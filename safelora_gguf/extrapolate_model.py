@@ -13,7 +13,7 @@ from converters.atomic import check_target, refuse_to_overwrite
 from converters.checkpoint import Checkpoint
 from converters.checkpoint_output import write_checkpoint
 from converters.checkpoint_plan import check_model_directory, plan_checkpoint
-from converters.errors import UnsupportedError, UsageError
+from converters.errors import FormatError, LlamaError, UnsupportedError, UsageError
 from converters.free_space import free_space_for
 from converters.ggml import QType
 from converters.gguf_file import Value
@@ -23,9 +23,9 @@ from converters.layouts import find_table
 from converters.model_card import fact_text
 from converters.models import Model
 from converters.quantization import file_type, quantized_size
-from converters.quantizer import quantize_gguf
-from safelora_gguf.lox import Steps
+from converters.quantizer import check_quantizer, quantize_gguf
 from safelora_gguf.lox_rows import NewRows, Rows, RowsBroughtBack, by_tensor, parts_of
+from safelora_gguf.lox_steps import Steps
 from safelora_gguf.pairing import Triple
 
 _FLOATS = {"F32": QType.F32, "F16": QType.F16, "BF16": QType.BF16}
@@ -102,6 +102,8 @@ class GgufForm:
         self.tensor_file = out
         self.outtype = outtype or "keep"
         self._quantized_as = file_type(outtype) if outtype else None
+        if self._quantized_as is not None:
+            check_quantizer(self._quantized_as)
         check_target(out, force=force)
         refuse_to_overwrite(out, (*aligned.sources, *base.sources))
         self._size = rewritten_size(aligned, self._changes(None))
@@ -140,6 +142,8 @@ class GgufForm:
             rewrite_gguf(self._aligned, part, self._changes(steps), added=added, force=True)
             made = quantize_gguf(part, self.target, self._quantized_as.name, threads=2, allow_requantize=True,
                                  force=self._force)  # fmt: skip
+        except LlamaError as error:
+            raise LlamaError(error.message, file=self.target) from None  # the float file is gone
         finally:
             part.unlink(missing_ok=True)
         types = ", ".join(f"{count} {name}" for name, count in made.types.items())
@@ -168,15 +172,16 @@ def plan_model(
     Raises:
         UsageError: an unknown type. OutputPathError: the place is taken or unusable.
         UnsupportedError: the vocabularies differ, or a tensor can't be stored in its type; or the output would be in
-            another format than the aligned model.
+            another format than the aligned model. FormatError: a norm or bias that is not finite.
     """
     aligned, path = models[1], Path(out)
+    _check_vectors(opened)
     for triple in triples:
-        if aligned.infos[triple.aligned_tensor].shape[-2:] != triple.pair.shape:
+        ours, theirs = models[0].infos[triple.base_tensor].shape[-2], aligned.infos[triple.aligned_tensor].shape[-2]
+        if ours != theirs:
             raise UnsupportedError(
-                f"has {aligned.infos[triple.aligned_tensor].shape[-2]} rows, and the base {models[0].path} has "
-                f"{triple.pair.shape[0]}: tokens that only one of them knows have no difference. --as adapter leaves "
-                f"them alone",
+                f"has {theirs} rows, and the base {models[0].path} has {ours}: tokens that only one of them knows have "
+                f"no difference. --as adapter leaves them alone",
                 file=aligned.path,
                 tensor=aligned.stored_name(triple.aligned_tensor),
             )
@@ -190,6 +195,13 @@ def plan_model(
     if isinstance(opened, Checkpoint):
         return CheckpointForm(path, opened, models, triples, outtype=outtype, force=force)
     return GgufForm(path, models, triples, outtype=outtype, force=force)
+
+
+def _check_vectors(model: Model) -> None:
+    """That what is copied, norms and biases, holds numbers: the rest is looked at when it is changed."""
+    for name, info in model.infos.items():
+        if len(info.shape) == 1 and info.dtype in _FLOATS and not bool(torch.isfinite(model.load(name)).all()):
+            raise FormatError("holds NaN or Inf: the model is broken", file=model.file_of(name), tensor=name)
 
 
 def _no_rows(start: int, stop: int) -> torch.Tensor:

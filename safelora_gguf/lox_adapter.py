@@ -16,7 +16,8 @@ from converters.adapters.plan import plan_output
 from converters.errors import UnsupportedError
 from converters.models import Layout, Model
 from converters.names import natural_order
-from safelora_gguf.lox import EMBEDDINGS, Steps
+from safelora_gguf.lox import EMBEDDINGS
+from safelora_gguf.lox_steps import Steps
 from safelora_gguf.pairing import Triple
 
 _HEADS = {"output", "lm_head"}

@@ -13,7 +13,7 @@ from converters.errors import UnsupportedError
 from converters.layouts import table_of
 from converters.models import Model
 from converters.names import canonical
-from safelora_gguf.lox import Step, Steps
+from safelora_gguf.lox_steps import Step, Steps
 from safelora_gguf.pairing import Triple
 
 Rows = Callable[[int, int], torch.Tensor]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from converters.adapters.belonging import check_fused
 from converters.adapters.gguf import GgufAdapter
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.converted_model import ConvertedModel
@@ -46,6 +47,7 @@ def pair_up(base: Model, aligned: Model, adapter: LoraAdapter) -> list[Triple]:
     """
     check_family(base, aligned)
     _same_architecture(aligned, adapter)
+    check_fused(adapter, aligned)
     names = _by_module(base), _by_module(aligned)
     stacks = _stacks(adapter)
     for model, found in zip((base, aligned), names, strict=True):

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from converters.architectures.heads import HeadCounts
-from converters.architectures.transforms import HeadParts, PermuteHeads, Transform, UngroupHeads
+from converters.architectures.transforms import HeadParts, PermuteHeads, TakeRows, Transform, UngroupHeads
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,11 @@ class Rule:
     bare: Literal["weight", "bias"] | None = None
     stacked: bool = False
     parameter: bool = False
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the target has a part of the source's values alone."""
+        return any(isinstance(transform, TakeRows | HeadParts) for transform in self.transforms)
 
     @property
     def by_heads(self) -> bool:

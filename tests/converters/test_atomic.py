@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import signal
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from converters import atomic
 from converters.atomic import atomic_directory, atomic_file, refuse_to_overwrite
 from converters.errors import OutputPathError, WriteError
+from converters.fingerprint import sha256_file
 
 
 def _listing(path: Path) -> list[str]:
@@ -146,3 +149,31 @@ def test_a_temporary_that_is_being_written_is_left_alone(tmp_path: Path) -> None
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_signal_during_the_swap_waits_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is replaced must not be left over under the temporary name."""
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_bytes(b"old")
+    publish = atomic._publish_directory
+
+    def interrupted(temporary: Path, place: Path) -> None:
+        publish(temporary, place)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(atomic, "_publish_directory", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_directory(target, force=True) as directory:
+        (directory / "new").write_bytes(b"new")
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_hash_of_a_large_file_is_known_once_it_is_written(tmp_path: Path) -> None:
+    """Oracle: hashlib over the file; also where it is changed afterwards."""
+    target, data = tmp_path / "large", bytes(17 << 20)
+    with atomic_file(target, force=False) as file:
+        file.write(data)
+    assert sha256_file(target) == hashlib.sha256(data).hexdigest()
+    target.write_bytes(b"x" + data[1:])
+    assert sha256_file(target) == hashlib.sha256(b"x" + data[1:]).hexdigest()

@@ -35,8 +35,10 @@ from gguf_models import QType, permuted, write_gguf_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from converters.errors import LlamaError
 from converters.quantizer import quantize_gguf
 from safelora_gguf.cli import app
+from safelora_gguf.extrapolate import extrapolate_models
 
 HEADS = {"attn_q": 4, "attn_k": 2}
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -251,9 +253,18 @@ def test_another_type_through_llama_cpps_quantizer(source: str, q8_0: Path, tmp_
 
 
 @pytest.mark.llama
-def test_a_quantizer_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_type_that_needs_an_importance_matrix_is_refused_beforehand(tmp_path: Path) -> None:
+    refused(run(BASE, GGUF, tmp_path / "lox.gguf", "--as", "model", "--outtype", "IQ1_S"), 3, "importance matrix")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantizer_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """IQ1_S can't be made without an importance matrix, which llama.cpp finds out by itself."""
-    refused(run(BASE, GGUF, tmp_path / "lox.gguf", "--as", "model", "--outtype", "IQ1_S"), 4)
+    monkeypatch.setattr("safelora_gguf.extrapolate_model.check_quantizer", lambda wanted: None)
+    target = tmp_path / "lox.gguf"
+    with pytest.raises(LlamaError) as caught:
+        extrapolate_models(BASE, GGUF, target, form="model", outtype="IQ1_S")
+    assert caught.value.file == str(target) and caught.value.exit_status == 4
     assert list(tmp_path.iterdir()) == []
 
 

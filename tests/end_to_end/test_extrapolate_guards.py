@@ -148,7 +148,7 @@ def test_no_number_is_no_weight(tmp_path: Path) -> None:
 
 SLOWLY = """
 import sys, time
-import safelora_gguf.lox as lox
+import safelora_gguf.lox_steps as lox
 step = lox.Extrapolator.step
 def slow(self, triple):
     print("working", flush=True)

@@ -17,7 +17,7 @@ import torch
 from gguf_models import write_trio
 from models import Sizes, config, moved, save_model, weights
 from real_rounding import NUMBERS, rounded
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from converters.errors import FormatError, InputError, MismatchError, UnsupportedError, UsageError
 from converters.ggml import QType
@@ -172,7 +172,7 @@ def test_stacks_of_an_unknown_checkpoint_need_the_model_form(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("mine", "theirs"), [(128, 160), (160, 128)])
 def test_vocabularies_that_differ(mine: int, theirs: int, tmp_path: Path) -> None:
-    """Rows that both have; the aligned model's other tokens are left as they are, which only an adapter may do."""
+    """Rows that both have; other tokens are left as they are, which only an adapter may do."""
     old, new = (
         weights(Sizes(hidden=32, ffn=48, layers=1, vocab=size), seed) for size, seed in ((mine, 1), (theirs, 5))
     )
@@ -184,11 +184,9 @@ def test_vocabularies_that_differ(mine: int, theirs: int, tmp_path: Path) -> Non
         before, after = old[name][:128].double().numpy(), new[name][:128].double().numpy()
         assert found[place].shape == (theirs, 32)
         assert close(found[place][:128], addition(before, after), 1e-5) and not found[place][128:].any()
-    assert any("128 tokens in common" in note for note in report.notes) == (theirs > mine)
-    if theirs > mine:
-        with pytest.raises(UnsupportedError, match="--as adapter"):
-            run(base, aligned, tmp_path / "model", form="model")
-    else:
+    told = f"the base has {mine} tokens and the aligned model {theirs}"
+    assert sum(told in note for note in report.notes) == 2
+    with pytest.raises(UnsupportedError, match="--as adapter"):
         run(base, aligned, tmp_path / "model", form="model")
 
 
@@ -319,3 +317,35 @@ def test_weights_that_overflow_are_told(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="overflows"):
         run(*models, tmp_path / "lox.gguf")
     assert not (tmp_path / "lox.gguf").exists()
+
+
+def test_a_matrix_that_one_model_lacks(tmp_path: Path) -> None:
+    """In a layer it means another model; at the ends it is told."""
+    base, aligned = checkpoints(tmp_path, name="LlamaForCausalLM")
+    for place, name, told in (
+        (base, "model.layers.0.mlp.up_proj.weight", "another"),
+        (aligned, "model.layers.0.mlp.up_proj.weight", "another"),
+        (base, "lm_head.weight", None),
+    ):
+        file = place / "model.safetensors"
+        whole = file.read_bytes()
+        save_file({key: tensor for key, tensor in load_file(file).items() if key != name}, file, {"format": "pt"})
+        for form, out in (("adapter", "lox.gguf"), ("model", "model")):
+            if told:
+                with pytest.raises(MismatchError, match="matrices of layers"):
+                    run(base, aligned, tmp_path / out, form=form)
+            else:
+                assert any(
+                    "in one of the models alone" in note for note in run(base, aligned, tmp_path / out, form=form).notes
+                )
+        file.write_bytes(whole)
+
+
+def test_a_norm_that_is_no_number(tmp_path: Path) -> None:
+    base, aligned = checkpoints(tmp_path, name="LlamaForCausalLM")
+    tensors = load_file(aligned / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, aligned / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match="NaN") as caught:
+        run(base, aligned, tmp_path / "model", form="model")
+    assert caught.value.tensor == "model.norm.weight" and not (tmp_path / "model").exists()
