@@ -44,8 +44,10 @@ def relative_error(a: torch.Tensor, b: torch.Tensor, a_stored: torch.Tensor, b_s
     b, b_stored = _scaled(b, b_stored)
     d, e = b_stored - b, a_stored - a
     gram_b = b.T @ b
-    size = _dot(gram_b, a @ a.T)
-    error = _dot(d.T @ d, a_stored @ a_stored.T) + 2 * _dot(d.T @ b, a_stored @ e.T) + _dot(gram_b, e @ e.T)
+    gram_a, a_e, gram_e = a @ a.T, a @ e.T, e @ e.T
+    size = _dot(gram_b, gram_a)
+    stored_e = a_e + gram_e  # A' E^T
+    error = _dot(d.T @ d, gram_a + a_e.T + stored_e) + 2 * _dot(d.T @ b, stored_e) + _dot(gram_b, gram_e)
     if size == 0:
         return 0.0 if error == 0 else math.inf
     return math.sqrt(error / size) if error > 0 else 0.0 if error <= 0 else error  # rounding; a NaN stays one
