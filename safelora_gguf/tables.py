@@ -250,4 +250,5 @@ def extrapolate_summary(report: ExtrapolateReport) -> list[str]:
         path, size = report.planned_output
         return [*told, f"dry run: would add {how}", f"would write {printable(path)}, {size:,} bytes, {report.outtype}"]
     written = f"wrote {printable(report.output.path)}, {report.output.bytes:,} bytes, {report.outtype}"
-    return [*told, f"added {how}", written, *(f"next: {printable(step)}" for step in report.next_steps)]
+    following = [f"next: {printable(' && '.join(report.next_steps))}"] if report.next_steps else []
+    return [*told, f"added {how}", written, *following]
