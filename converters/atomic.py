@@ -21,10 +21,11 @@ from typing import BinaryIO
 
 from converters.errors import OutputPathError, WriteError, system_reason
 from converters.fingerprint import hashed_meanwhile
-from converters.paths import resolved
+from converters.paths import is_there, resolved
 
 _SUFFIX = ".safelora-gguf.tmp"
 _FEW = 8  # files of an adapter; of a model with more, in shards, nobody asks for one's hash
+_MOST_NAMES = 3
 _HELD = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -46,6 +47,41 @@ def refuse_to_overwrite(target: Path, inputs: Sequence[Path]) -> None:
     for path in inputs:
         if resolved(target) == resolved(path):
             raise OutputPathError("is one of the inputs; choose another name", file=target)
+
+
+def refuse_to_swallow(target: Path, inputs: Sequence[Path]) -> None:
+    """Raises OutputPathError: a directory that is swapped whole is, or holds, an input or the place one works in."""
+    place = resolved(target)
+    for path in (*inputs, Path.cwd(), Path.home()):
+        if resolved(path).is_relative_to(place):
+            raise OutputPathError(f"would replace {path} with everything in it; choose another name", file=target)
+
+
+def entries_to_replace(target: Path) -> list[Path]:
+    """What stands in a directory that `force` would swap; nothing where there is none.
+
+    Raises:
+        OutputPathError: it can't be looked into.
+    """
+    if not is_there(target) or not target.is_dir():
+        return []
+    try:
+        return sorted(target.iterdir())
+    except OSError as error:
+        raise OutputPathError(f"can't be looked into: {system_reason(error)}", file=target) from None
+
+
+def refuse_to_discard(target: Path, others: Sequence[Path], what: str) -> None:
+    """Raises OutputPathError: a directory has entries that nobody asked to delete.
+
+    Args:
+        what: what it is found to be: "holds more than an adapter".
+    """
+    if others:
+        names = ", ".join(entry.name for entry in others[:_MOST_NAMES]) + ", ..." * (len(others) > _MOST_NAMES)
+        raise OutputPathError(
+            f"exists already and {what}: replacing it would delete {names}; choose another name", file=target
+        )
 
 
 def _check_place(target: Path, *, force: bool, directory: bool) -> None:

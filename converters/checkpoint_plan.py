@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from converters.atomic import check_target
+from converters.atomic import check_target, entries_to_replace, refuse_to_discard, refuse_to_swallow
 from converters.checkpoint import INDEX, Checkpoint
 from converters.checkpoint_files import Companions, companions_of, is_weights
-from converters.errors import OutputPathError, UnsupportedError, UsageError, system_reason
-from converters.paths import is_there, resolved
+from converters.errors import OutputPathError, UnsupportedError, UsageError
+from converters.paths import resolved
 from converters.safetensors_file import SafetensorsFile
 from converters.tensors import TensorInfo
 
@@ -20,7 +20,6 @@ OUTTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
 _ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _INTEGERS = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
-_MOST_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,7 @@ def check_model_directory(plan: CheckpointPlan, target: Path, inputs: Sequence[P
     """
     check_target(target, force=force, directory=True)
     reads, place = (plan.source.path, *plan.source.sources, *inputs), resolved(target)
-    for path in (*reads, Path.cwd(), Path.home()):
-        if resolved(path).is_relative_to(place):
-            raise OutputPathError(f"would replace {path} with everything in it; choose another name", file=target)
+    refuse_to_swallow(target, reads)
     for path in reads:
         if path.is_dir() and place.is_relative_to(resolved(path)):
             raise OutputPathError(f"lies in {path}, which is read; choose a place outside", file=target)
@@ -141,21 +138,12 @@ def _refuse_quantized(source: Checkpoint) -> None:
 def _refuse_to_discard(plan: CheckpointPlan, target: Path) -> None:
     """--force swaps a directory whole, so it must be a model and nothing more: no one's letters, checkpoints or
     quantizations."""
-    if not is_there(target):
-        return
-    try:
-        entries = sorted(target.iterdir())
-    except OSError as error:
-        raise OutputPathError(f"can't be looked into: {system_reason(error)}", file=target) from None
-    known = {INDEX, *(shard.name for shard in plan.shards), *(Path(name).parts[0] for name in plan.companions.copied)}
-    others, what = [entry for entry in entries if entry.name not in known and _is_precious(entry)], "more than a model"
-    if entries and not any(entry.name == CONFIG for entry in entries):
-        others, what = entries, "no model"
-    if others:
-        names = ", ".join(entry.name for entry in others[:_MOST_NAMES]) + ", ..." * (len(others) > _MOST_NAMES)
-        raise OutputPathError(
-            f"exists already and holds {what}: replacing it would delete {names}; choose another name", file=target
-        )
+    others, what = entries_to_replace(target), "holds no model"
+    if any(entry.name == CONFIG for entry in others):
+        known = {INDEX, *(shard.name for shard in plan.shards), *(Path(own).parts[0] for own in plan.companions.copied)}
+        others = [entry for entry in others if entry.name not in known and _is_precious(entry)]
+        what = "holds more than a model"
+    refuse_to_discard(target, others, what)
 
 
 def _is_precious(entry: Path) -> bool:

@@ -10,17 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.architectures import Destination, HeadCounts, Rule
+from converters.architectures import HeadCounts, Rule
 from converters.bridge import Bridge
 from converters.errors import FormatError
 from converters.models import Layout, Model, ModelSizes
-from converters.names import canonical, named
-from converters.tensors import TensorInfo
+from converters.names import canonical
+from converters.tensors import TensorInfo, matrices_within
 
 if TYPE_CHECKING:
     import torch
 
-_ENDINGS = ("weight", "bias")
 _PACKED = "_blocks"  # MXFP4's
 
 
@@ -80,10 +79,7 @@ class ConvertedModel:
         if place.as_stored:
             return self._model.rows(place.stored[0], start, stop)
         height = math.prod(self.infos[name].shape[(1 if place.experts else 0) : -1])
-        parts = []
-        for number in range(start // height, math.ceil(stop / height)):
-            first = number * height
-            parts.append(self._some_rows(name, number, max(start - first, 0), min(stop - first, height)))
+        parts = [self._some_rows(name, *span) for span in matrices_within(start, stop, height)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def prefetch(self, name: str) -> None:
@@ -163,20 +159,14 @@ class ConvertedModel:
     def fingerprint(self) -> str:
         return self._model.fingerprint()
 
-    def told(self, form: str) -> list[str]:
-        """What a reader should know of the way here: matrices without a place, and those that were split.
-
-        Args:
-            form: "adapter", whose pairs are for the parts.
-        """
+    def unplaced(self) -> list[str]:
+        """The stored matrices that GGUF has no place for."""
         placed = {own for place in self._places.values() for own in place.stored}
-        left = [own for own, info in self._model.infos.items() if own not in placed and len(info.shape) > 1]
-        notes = [f"GGUF has no place for {named(left)}: left out"] if left else []
-        split = [name for name, place in self._places.items() if place.rule.is_part]
-        if split and form == "adapter":
-            notes.append(f"{split[0]} and {len(split) - 1} more are parts of larger matrices in {self.path}: each has "
-                         f"its own directions here, those of the whole in a safetensors model")  # fmt: skip
-        return notes
+        return [own for own, info in self._model.infos.items() if own not in placed and len(info.shape) > 1]
+
+    def split(self) -> list[str]:
+        """The tensors here that are parts of larger stored matrices."""
+        return [name for name, place in self._places.items() if place.rule.is_part]
 
     def packed_modules(self) -> set[str]:
         """The modules here whose weights are stored in a form that is not read, under names of its own."""
@@ -236,7 +226,7 @@ class ConvertedModel:
         places: dict[str, _Place] = {}
         single: dict[str, dict[int, tuple[str, Rule]]] = {}
         for own in self._model.infos:
-            for name, found in self._destinations(own):
+            for name, found in self._bridge.architecture.tensors_in_gguf(canonical(own)):
                 if found.expert is not None:
                     experts = single.setdefault(name, {})
                     self._refuse_twice(own, experts[found.expert][0] if found.expert in experts else None)
@@ -250,17 +240,6 @@ class ConvertedModel:
             self._refuse_twice(experts[min(experts)][0], places[name].stored[0] if name in places else None)
             places[name] = self._stack(name, experts)
         return places
-
-    def _destinations(self, own: str) -> Iterator[tuple[str, Destination]]:
-        """GGUF's names of a tensor's parts, and the rules that lead there."""
-        full = canonical(own)
-        for found in self._bridge.architecture.to_gguf(full):
-            if found.rule.bare is not None:
-                yield f"{found.name}.{found.rule.bare}", found
-        module, dot, ending = full.rpartition(".")
-        for found in self._bridge.architecture.to_gguf(module):
-            if found.rule.bare is None and ending in _ENDINGS:
-                yield found.name + dot + ending, found
 
     def _stack(self, name: str, experts: Mapping[int, tuple[str, Rule]]) -> _Place:
         """A stack of experts that have a tensor each."""

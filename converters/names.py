@@ -42,6 +42,11 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(names)
 
 
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """The first of many names, and how many there are besides."""
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
 def shortened(sentence: str) -> str:
     """A sentence as it may stand on a terminal: cut off visibly where it has the names of hundreds of tensors."""
     return sentence if len(sentence) <= _LONGEST else sentence[: _LONGEST - len(_REST)] + _REST

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+
+def matrices_within(start: int, stop: int, height: int) -> Iterator[tuple[int, int, int]]:
+    """The matrices of some height that rows [start, stop) of a stack are in: number, and its own first and last row."""
+    for number in range(start // height, -(-stop // height)):
+        first = number * height
+        yield number, max(start - first, 0), min(stop - first, height)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from converters.errors import UnsupportedError
+from converters.errors import FormatError, UnsupportedError
 from converters.models import Model
 from safelora_gguf.noise import NoiseSums, snr
 from safelora_gguf.pairing import Triple
@@ -68,6 +68,16 @@ class Differences:
         """Signal to noise of a V of this norm, and the noise's edge; see `Difference`."""
         noise = self._noise(triple)
         return snr(norm, noise.energy), noise.edge
+
+    def non_finite(self, triple: Triple) -> FormatError:
+        """Why the norm of a weight's V is not finite."""
+        for model, name in ((self._base, triple.base_tensor), (self._aligned, triple.aligned_tensor)):
+            rows = model.rows(name, triple.first_row, triple.first_row + triple.pair.shape[0])
+            if not bool(torch.isfinite(rows).all()):
+                told = "holds NaN or Inf: the model is broken"
+                return FormatError(told, file=model.file_of(name), tensor=model.stored_name(name))
+        told = "minus the base's weight overflows float32"
+        return FormatError(told, file=self._aligned.path, tensor=self._aligned.stored_name(triple.aligned_tensor))
 
     def nbytes(self, triple: Triple) -> int:
         """What is read for a weight, or for one expert of a stack, in stored bytes."""

@@ -29,7 +29,7 @@ from safelora_gguf._version import __version__
 from safelora_gguf.device import exact_float32
 from safelora_gguf.losses import as_plain_pairs, losses_of, refuse_losses
 from safelora_gguf.pairing import check_adapted
-from safelora_gguf.report import InputReport, OutputReport, output_entry, rounding_notes
+from safelora_gguf.report import InputReport, OutputReport, label_of, output_entry, rounding_notes
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ConvertedModule:
     @property
     def label(self) -> str:
         """The name, and which of a stack's experts it is."""
-        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+        return label_of(self.name, self.expert)
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "shape": list(self.shape)}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +19,7 @@ from converters.identity import plain_name
 from converters.layouts import common_models
 from converters.model_card import CardInput, ModelCard
 from converters.models import Model
+from converters.names import first_few, named
 from converters.opening import open_model
 from converters.paths import resolved
 from safelora_gguf._version import __version__
@@ -31,15 +31,12 @@ from safelora_gguf.lox import check_rank, extrapolated_weights, identical, same_
 from safelora_gguf.lox_adapter import AdapterForm
 from safelora_gguf.lox_steps import Extrapolator, Step, Steps
 from safelora_gguf.pairing import Triple, check_family
+from safelora_gguf.references import CLEAR
 from safelora_gguf.report import InputReport, OutputReport
-
-logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 _LARGEST_COEF = 10.0
 _TOLERANCES = (1e-6, 0.5)
-_MOST_NAMES = 5
-_CLEAR = 10  # of the signal to noise ratio
 
 
 @dataclass(frozen=True)
@@ -189,11 +186,7 @@ class _Run:
         extrapolator = Extrapolator(*self._models, differences, self._wanted.rank, self._wanted.coef,
                                     self._wanted.tolerance, allow_noise)  # fmt: skip
         steps = Steps(extrapolator, triples, progress)
-        origin = self._origin()
-        if isinstance(self._output, AdapterForm) and self._invocation and self._output.is_directory:
-            made = f"{origin.description}\n\nMade with:\n\n    {self._invocation}"  # its card shows this as it is
-            origin = replace(origin, description=made)
-        self._errors = self._output.write(steps, origin, card=self.card())
+        self._errors = self._output.write(steps, self._origin(), card=self.card())
         self._steps = steps.found
 
     def card(self) -> str:
@@ -258,9 +251,8 @@ class _Run:
         same = [triple for triple in self._every if triple.pair.module not in self._differing]
         notes = []
         if same:
-            names = ", ".join(self._output.name_of(triple) for triple in same[:_MOST_NAMES])
-            more = f" and {len(same) - _MOST_NAMES} more" if len(same) > _MOST_NAMES else ""
-            notes.append(f"base and aligned hold the same values in {names}{more}: left as they are")
+            names = first_few([self._output.name_of(triple) for triple in same])
+            notes.append(f"base and aligned hold the same values in {names}: left as they are")
         notes += [
             f"{self._output.name_of(triple)}: the base has {rows[0]} tokens and the aligned model {rows[1]}; rows that "
             f"only one of them has are left as they are"
@@ -270,13 +262,26 @@ class _Run:
         single = single_matrices(*self._models)
         if single:
             notes.append(f"in one of the models alone, and left as they are: {', '.join(single)}")
-        if isinstance(self._models[1], ConvertedModel):
-            notes += self._models[1].told(self._form)
+        notes += self._of_the_layout()
         notes += [f"{module}: {step.note}" for module, step in self._steps.items() if step.note]
-        low = [module for module, step in self._steps.items() if step.snr is not None and step.snr < _CLEAR]
+        low = [module for module, step in self._steps.items() if step.snr is not None and step.snr < CLEAR]
         if low:
-            notes.append(f"the references' rounding noise shows: the signal to noise ratio is under {_CLEAR} in "
+            notes.append(f"the references' rounding noise shows: the signal to noise ratio is under {CLEAR} in "
                          f"{len(low)} of {len(self._steps)} matrices")  # fmt: skip
+        return notes
+
+    def _of_the_layout(self) -> list[str]:
+        """What became of a checkpoint that was seen as GGUF."""
+        aligned = self._models[1]
+        if not isinstance(aligned, ConvertedModel):
+            return []
+        left, split = aligned.unplaced(), aligned.split()
+        notes = [f"GGUF has no place for {named(left)}: left out"] if left else []
+        if split and self._form == "adapter":
+            notes.append(
+                f"{split[0]} and {len(split) - 1} more are parts of larger matrices in {aligned.path}: each has its "
+                f"own directions here, those of the whole in a safetensors model"
+            )
         return notes
 
     def _rows(self, triple: Triple) -> tuple[int, int]:
@@ -302,7 +307,7 @@ class _Run:
             f"model's matrices, so that later fine-tuning undoes less of it. Measure what it refuses before relying on "
             f"it."
         )
-        return Origin("LoX", description, ("lox", "safelora-gguf"), facts)
+        return Origin("LoX", description, ("lox", "safelora-gguf"), facts, self._invocation)
 
     def _usage(self, shown: Callable[[Path], str]) -> tuple[str, ...]:
         """The commands that measure what the output refuses."""

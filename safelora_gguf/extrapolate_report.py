@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from safelora_gguf._version import __version__
-from safelora_gguf.report import InputReport, OutputReport, output_entry
+from safelora_gguf.report import InputReport, OutputReport, label_of, output_entry
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TensorReport:
     @property
     def label(self) -> str:
         """The name, and which of a stack's experts it is."""
-        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+        return label_of(self.name, self.expert)
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "shape": list(self.shape), "singular_values": list(self.singular_values)}

@@ -35,7 +35,7 @@ def extrapolated_weights(base: Model, aligned: Model, rank: int) -> list[Triple]
         UnsupportedError: a weight in a type that can't be read.
     """
     ours, theirs = _by_name(base), _by_name(aligned)
-    lonely = [name for name in single_matrices(base, aligned) if _IN_LAYER.search(name)]
+    lonely = sorted((name for name in ours.keys() ^ theirs.keys() if _IN_LAYER.search(name)), key=natural_order)
     if lonely:
         there, lacking = (aligned, base) if lonely[0] in theirs else (base, aligned)
         raise MismatchError(

@@ -15,14 +15,13 @@ from converters.adapters.output import Origin
 from converters.adapters.plan import plan_output
 from converters.errors import UnsupportedError
 from converters.models import Layout, Model
-from converters.names import natural_order
+from converters.names import first_few, natural_order
 from safelora_gguf.lox import EMBEDDINGS
 from safelora_gguf.lox_steps import Steps
 from safelora_gguf.pairing import Triple
 
 _HEADS = {"output", "lm_head"}
 _EXPERTS = "exps"
-_MOST_NAMES = 5
 
 
 class LoxAdapter:
@@ -139,10 +138,6 @@ class AdapterForm:
         return self._output.tensor_file
 
     @property
-    def is_directory(self) -> bool:
-        return self.target != self.tensor_file
-
-    @property
     def losses(self) -> tuple[str, ...]:
         return (*self._left_out, *self._output.losses)
 
@@ -157,11 +152,7 @@ class AdapterForm:
     def write(self, steps: Steps, origin: Origin, *, card: str) -> Mapping[str, float]:
         """Writes every pair; the relative rounding error of each by module. Its card is made from `origin`."""
         self._adapter.steps = steps
-
-        def load(module: str) -> tuple[torch.Tensor, torch.Tensor]:
-            return self._adapter.load(module)
-
-        roundings = self._output.write(load, origin)
+        roundings = self._output.write(self._adapter.load, origin)
         return {module: rounding.error for module, rounding in roundings.items()}
 
 
@@ -188,5 +179,4 @@ def _other_stacks(model: Model, triples: Sequence[Triple]) -> _LeftOut:
 
 
 def _some(weights: Collection[str]) -> str:
-    first = sorted(weights, key=natural_order)
-    return ", ".join(first[:_MOST_NAMES]) + f" and {len(first) - _MOST_NAMES} more" * (len(first) > _MOST_NAMES)
+    return first_few(sorted(weights, key=natural_order))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from converters.architectures import Architecture, Destination, Rule
+from converters.architectures import Destination, Rule
 from converters.checkpoint import Checkpoint
 from converters.errors import UnsupportedError
 from converters.layouts import table_of
 from converters.models import Model
 from converters.names import canonical
+from converters.tensors import matrices_within
 from safelora_gguf.lox_steps import Step, Steps
 from safelora_gguf.pairing import Triple
 
@@ -47,7 +48,7 @@ class NewRows:
 
     def __call__(self, start: int, stop: int) -> torch.Tensor:
         """See `Rows`."""
-        parts = [self._rows(*span) for span in _spans(start, stop, self._first.pair.shape[0])]
+        parts = [self._rows(*span) for span in matrices_within(start, stop, self._first.pair.shape[0])]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _rows(self, number: int, start: int, stop: int) -> torch.Tensor:
@@ -95,7 +96,7 @@ def parts_of(checkpoint: Checkpoint, triples: Sequence[Triple]) -> Mapping[str, 
     table, changed = table_of(checkpoint, ""), by_tensor(triples)
     found: dict[str, list[Part]] = {}
     for own, info in checkpoint.infos.items():
-        for tensor, target in _destinations(table, canonical(own)):
+        for tensor, target in table.tensors_in_gguf(canonical(own)):
             stacked = target.rule.stacked and len(info.shape) > 2
             members = _members(changed.get(tensor, ()), target, stacked=stacked)
             if not members:
@@ -106,17 +107,6 @@ def parts_of(checkpoint: Checkpoint, triples: Sequence[Triple]) -> Mapping[str, 
                 raise UnsupportedError(told, file=checkpoint.file_of(own), tensor=own)
             found.setdefault(own, []).append(Part(target.rule, members))
     return found
-
-
-def _destinations(table: Architecture, own: str) -> Iterator[tuple[str, Destination]]:
-    """GGUF's tensors that hold a checkpoint's matrix, or parts of it."""
-    for target in table.to_gguf(own):
-        if target.rule.bare is not None:
-            yield f"{target.name}.{target.rule.bare}", target
-    if own.endswith(_WEIGHT):
-        for target in table.to_gguf(own.removesuffix(_WEIGHT)):
-            if target.rule.bare is None:
-                yield target.name + _WEIGHT, target
 
 
 def _members(triples: Sequence[Triple], target: Destination, *, stacked: bool) -> dict[int, Triple]:
@@ -138,7 +128,7 @@ class RowsBroughtBack:
     def __call__(self, start: int, stop: int) -> torch.Tensor:
         """See `Rows`."""
         height = self._checkpoint.infos[self._own].shape[-2]
-        parts = [self._rows(number, number * height, *span) for number, *span in _spans(start, stop, height)]
+        parts = [self._rows(number, number * height, *span) for number, *span in matrices_within(start, stop, height)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _rows(self, number: int, first: int, start: int, stop: int) -> torch.Tensor:
@@ -171,10 +161,3 @@ class RowsBroughtBack:
         if step.a is None or step.b is None:
             return None
         return step.a.T @ step.b.T if triple.pair.embedding else step.b @ step.a
-
-
-def _spans(start: int, stop: int, height: int) -> Iterator[tuple[int, int, int]]:
-    """The matrices of some height in rows [start, stop) of a stack: number, and its own first and last row."""
-    for number in range(start // height, -(-stop // height)):
-        first = number * height
-        yield number, max(start - first, 0), min(stop - first, height)

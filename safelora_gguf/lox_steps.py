@@ -11,18 +11,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from converters.errors import FormatError, UnsupportedError
+from converters.errors import UnsupportedError
 from converters.models import Model
 from safelora_gguf.alignment import Difference, Differences
 from safelora_gguf.lox import identical
 from safelora_gguf.noise import directions_above
 from safelora_gguf.pairing import Triple
+from safelora_gguf.references import FINER
 from safelora_gguf.triplets import leading_triplets
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and the matrix that comes next."""
-
-_FINER = "Take references in F16, BF16 or F32 (or Q8_0, where the alignment is strong)"
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,10 @@ class Extrapolator:
         """
         found = self.differences.of(triple)
         if not math.isfinite(found.norm):
-            raise self._non_finite(triple)
-        blank = Step(found.norm, snr=found.snr, edge=found.edge)
+            raise self.differences.non_finite(triple)
         if found.norm == 0:
             return Step(0.0, snr=found.snr, edge=found.edge, note="base and aligned hold the same weight: left alone")
-        return self._decomposed(found, blank)
+        return self._decomposed(found)
 
     def is_rounded(self, triple: Triple) -> bool:
         """Whether the aligned model's weight is quantized."""
@@ -95,18 +93,18 @@ class Extrapolator:
             FormatError: it is not finite. UnsupportedError: V is mostly rounding noise.
         """
         if not math.isfinite(norm):
-            raise self._non_finite(triple)
+            raise self.differences.non_finite(triple)
         ratio, edge = self.differences.noise_of(triple, norm)
         if ratio is not None and ratio < 1 and norm and not self.allow_noise:
             raise UnsupportedError(
                 f"minus the base {self.base.path} is mostly rounding noise (signal to noise {ratio:.2g}), and rank 0 "
-                f"would add all of it. {_FINER}, give a --rank, or go on with --allow-noisy-reference",
+                f"would add all of it. {FINER}, give a --rank, or go on with --allow-noisy-reference",
                 file=self.aligned.path,
                 tensor=self.aligned.stored_name(triple.aligned_tensor),
             )
         return Step(norm, r_align=1.0 if norm else None, snr=ratio, edge=edge)
 
-    def _decomposed(self, found: Difference, blank: Step) -> Step:
+    def _decomposed(self, found: Difference) -> Step:
         rank = min(self.rank, *found.v.shape)
         triplets = leading_triplets(found.v, rank, tolerance=self.tolerance, norm=found.norm)
         every, above = len(triplets.singular_values), directions_above(triplets.singular_values, found.edge)
@@ -123,21 +121,12 @@ class Extrapolator:
             residual=triplets.residual,
             iterations=triplets.iterations,
             r_align=min(1.0, float(values.square().sum().sqrt()) / found.norm) if kept else None,
-            snr=blank.snr,
-            edge=blank.edge,
+            snr=found.snr,
+            edge=found.edge,
             note=note,
             a=(triplets.w[:, :kept] * root).T.contiguous().cpu() if kept else None,
             b=(triplets.u[:, :kept] * root * self.coef).cpu() if kept else None,
         )
-
-    def _non_finite(self, triple: Triple) -> FormatError:
-        for model, name in ((self.base, triple.base_tensor), (self.aligned, triple.aligned_tensor)):
-            rows = model.rows(name, triple.first_row, triple.first_row + triple.pair.shape[0])
-            if not bool(torch.isfinite(rows).all()):
-                told = "holds NaN or Inf: the model is broken"
-                return FormatError(told, file=model.file_of(name), tensor=model.stored_name(name))
-        told = "minus the base's weight overflows float32"
-        return FormatError(told, file=self.aligned.path, tensor=self.aligned.stored_name(triple.aligned_tensor))
 
 
 class Steps:
@@ -225,6 +214,6 @@ def check_steps(base: Model, aligned: Model, steps: Sequence[Step]) -> None:
     if all(step.r_align is None for step in steps):
         raise UnsupportedError(
             f"minus the base {base.path} is nothing but rounding noise: no singular direction stands above it in any "
-            f"matrix. {_FINER}, or go on at your own risk with --allow-noisy-reference",
+            f"matrix. {FINER}, or go on at your own risk with --allow-noisy-reference",
             file=aligned.path,
         )

@@ -30,7 +30,7 @@ from safelora_gguf.losses import as_plain_pairs, losses_of, refuse_losses
 from safelora_gguf.pairing import Triple, pair_up
 from safelora_gguf.projection import blend
 from safelora_gguf.references import check_references, noise_notes, score_notes
-from safelora_gguf.report import InputReport, ModuleReport, OutputReport, ProjectReport, rounding_notes
+from safelora_gguf.report import InputReport, ModuleReport, OutputReport, ProjectReport, label_of, rounding_notes
 from safelora_gguf.scoring import Operator, Progress, Score, Scorer, norm_of
 from safelora_gguf.selection import Selection, select
 
@@ -251,8 +251,7 @@ class _Run:
 
     def _label(self, triple: Triple) -> str:
         """The name, and which of a stack's experts it is."""
-        name, expert = self._name(triple), triple.pair.expert
-        return name if expert is None else f"{name}[{expert}]"
+        return label_of(self._name(triple), triple.pair.expert)
 
     def _notes(
         self, scores: Mapping[str, Score], chosen: Collection[str], roundings: Mapping[str, Rounding]

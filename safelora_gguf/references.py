@@ -8,8 +8,8 @@ from converters.errors import MismatchError, UnsupportedError
 from converters.models import Model
 from safelora_gguf.scoring import Score
 
-_CLEAR = 10  # of the signal to noise ratio: above it, B' was off by at most a few percent
-_FINER = "Take references in F16, BF16 or F32 (or Q8_0, where the alignment is strong)"
+CLEAR = 10  # of the signal to noise ratio: above it, B' was off by at most a few percent
+FINER = "Take references in F16, BF16 or F32 (or Q8_0, where the alignment is strong)"
 
 
 def check_references(base: Model, aligned: Model, scores: Mapping[str, Score], allow_noise: bool) -> None:
@@ -31,7 +31,7 @@ def check_references(base: Model, aligned: Model, scores: Mapping[str, Score], a
     if all(score.cosine is None for score in scores.values()) and any(s.directions == 0 for s in scores.values()):
         raise UnsupportedError(
             f"minus the base {base.path} is nothing but rounding noise: no singular direction stands above it in any "
-            f"module. {_FINER}",
+            f"module. {FINER}",
             file=aligned.path,
         )
     noisy = {module: score for module, score in scores.items() if _mostly_noise(score)}
@@ -40,7 +40,7 @@ def check_references(base: Model, aligned: Model, scores: Mapping[str, Score], a
     worst = min(noisy, key=lambda module: noisy[module].snr or 0.0)
     raise UnsupportedError(
         f"minus the base {base.path} is mostly rounding noise in {len(noisy)} of {len(scores)} modules: the signal to "
-        f"noise ratio is {noisy[worst].snr:.2g} in {worst}, expected 1 or more. {_FINER}, try --operator subspace, "
+        f"noise ratio is {noisy[worst].snr:.2g} in {worst}, expected 1 or more. {FINER}, try --operator subspace, "
         f"which uses only the directions above the noise, or go on at your own risk with --allow-noisy-reference",
         file=aligned.path,
     )
@@ -56,12 +56,12 @@ def noise_notes(scores: Mapping[str, Score]) -> list[str]:
     noisy = {
         module: score.snr for module, score in scores.items() if score.snr is not None and score.cosine is not None
     }
-    low = [module for module, ratio in noisy.items() if ratio < _CLEAR]
+    low = [module for module, ratio in noisy.items() if ratio < CLEAR]
     if not low:
         return []
     worst = min(noisy, key=lambda module: noisy[module])
     return [
-        f"the references' rounding noise shows: the signal to noise ratio is under {_CLEAR} in {len(low)} of "
+        f"the references' rounding noise shows: the signal to noise ratio is under {CLEAR} in {len(low)} of "
         f"{len(scores)} modules, lowest in {worst} ({noisy[worst]:.2g}); expect cosines to be off by hundredths (by "
         f"tenths under 3), and other modules to be chosen than with float references"
     ]

@@ -24,6 +24,11 @@ _INVISIBLE = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff
 _LARGE_ERROR = 0.05
 
 
+def label_of(name: str, expert: int | None) -> str:
+    """A tensor's name, and which matrix of a stack is meant."""
+    return name if expert is None else f"{name}[{expert}]"
+
+
 @dataclass(frozen=True)
 class InputReport:
     """An input as the report names it.
@@ -101,7 +106,7 @@ class ModuleReport:
     @property
     def label(self) -> str:
         """The name, and which of a stack's experts it is."""
-        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+        return label_of(self.name, self.expert)
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "shape": list(self.shape)}

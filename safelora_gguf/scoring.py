@@ -104,7 +104,7 @@ class Scorer:
         self._check_pair(delta_norm, a, triple)
         found = differences.of(triple)
         if not math.isfinite(found.norm):
-            raise self._non_finite(triple)
+            raise differences.non_finite(triple)
 
         blank = Score(None, found.norm, delta_norm, None, gram_a, found.snr, found.edge)
         if found.norm == 0:
@@ -134,13 +134,3 @@ class Scorer:
             return
         tensor = triple.pair.tensors[int(bool(torch.isfinite(a).all()))]
         raise FormatError("holds NaN or Inf: the adapter is broken", file=self.adapter.tensor_file, tensor=tensor)
-
-    def _non_finite(self, triple: Triple) -> FormatError:
-        start = triple.first_row
-        for model, name in ((self.base, triple.base_tensor), (self.aligned, triple.aligned_tensor)):
-            if not bool(torch.isfinite(model.rows(name, start, start + triple.pair.shape[0])).all()):
-                return FormatError(
-                    "holds NaN or Inf: the model is broken", file=model.file_of(name), tensor=model.stored_name(name)
-                )
-        message = "minus the base's weight overflows float32"
-        return FormatError(message, file=self.aligned.path, tensor=self.aligned.stored_name(triple.aligned_tensor))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from safelora_gguf.terminal import at_most, printable, rendered
+from safelora_gguf.terminal import MOST_WARNINGS, at_most, printable, rendered
 
 if TYPE_CHECKING:
     from converters.inspection import Inspection
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from safelora_gguf.report import ModuleReport, ProjectReport
     from safelora_gguf.smoke import Run, SmokeReport
 
-_MOST_ROWS, _MOST_KEYS, _MOST_WARNINGS = 24, 24, 24
+_MOST_ROWS, _MOST_KEYS = 24, 24
 _LONGEST_VALUE = 100
 
 
@@ -147,7 +147,7 @@ def inspect_text(found: Inspection, *, every_tensor: bool, notes: bool = True) -
         notes: with what is no defect.
     """
     table, rest = _inspect_table(found, every_tensor)
-    lines = [*rest, *at_most([f"warning: {printable(told)}" for told in found.warnings], _MOST_WARNINGS, "warnings")]
+    lines = [*rest, *at_most([f"warning: {printable(told)}" for told in found.warnings], MOST_WARNINGS, "warnings")]
     lines += [f"note: {printable(told)}" for told in found.notes if notes]
     return rendered(table, lines, _inspect_head(found))
 

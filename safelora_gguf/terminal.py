@@ -29,7 +29,7 @@ Step = Callable[[int, int, str], None]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 _PIPED_WIDTH = 200
-_MOST_WARNINGS = 24
+MOST_WARNINGS = 24
 _SENTENCES = ("note: ", "warning: ")
 
 
@@ -65,7 +65,7 @@ def stderr() -> Console:
 def warn(sentences: Sequence[str]) -> None:
     """Warnings on stderr, one a line; a stderr that is gone or full changes nothing about the result."""
     shown = [f"warning: {printable(shortened(sentence))}" for sentence in sentences]
-    lines = at_most(shown, _MOST_WARNINGS, "warnings")
+    lines = at_most(shown, MOST_WARNINGS, "warnings")
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed stderr is None
         sys.stderr.write("".join(f"{line}\n" for line in lines))
 

@@ -7,8 +7,7 @@ their own. The gguf package computes in numpy, on one thread whatever is allowed
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from bench_agreement import DisagreementError
 from bench_gguf import encoded
+from bench_outcome import timed
 from gguf import GGMLQuantizationType as QType
 from gguf import quants
 
@@ -68,7 +68,7 @@ def measure(qtype: QType, shape: tuple[int, int], runs: int) -> Timings:
     for turn in range(runs):
         there_and_back = range(len(methods)) if turn % 2 == 0 else reversed(range(len(methods)))
         for place in there_and_back:  # so that no method always comes after the same one
-            seconds[place].append(_timed(methods[place]))
+            seconds[place].append(timed(methods[place]))
     return Timings(qtype.name, seconds[0], dict(zip(THREADS, seconds[1:], strict=True)))
 
 
@@ -86,14 +86,6 @@ def _ours(blocks: np.ndarray, qtype: QType, threads: int) -> np.ndarray:
     torch.set_num_threads(threads)
     values: np.ndarray = dequantize(blocks, qtype).numpy()
     return values
-
-
-def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    result = work()
-    seconds = time.perf_counter() - start
-    del result
-    return seconds
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:

@@ -12,12 +12,12 @@ Whole pairs of models, each run in a process of its own, belong beside this modu
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from bench_agreement import DisagreementError
+from bench_outcome import timed
 
 from safelora_gguf.triplets import Triplets, leading_triplets
 
@@ -111,9 +111,9 @@ def measure(case: Case, rank: int, tolerance: float, runs: int, say: Callable[[s
     full, ours = [], []
     for turn in range(runs):
         if turn < case.full_runs:
-            full.append(_timed(lambda: _full(v)))
+            full.append(timed(lambda: _full(v)))
             say(f"run {turn + 1} of {runs}: full SVD {full[-1]:.2f} s")
-        ours.append(_timed(work))
+        ours.append(timed(work))
         say(f"run {turn + 1} of {runs}: ours {ours[-1]:.3f} s")
     return Timings(case, full, ours, found.residual, found.iterations, error)
 
@@ -151,14 +151,6 @@ def _check(
     if error > tolerance:
         raise DisagreementError(f"{case.title}: the rank-{rank} part differs from the full SVD's by {error:.1e}")
     return error
-
-
-def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    result = work()
-    seconds = time.perf_counter() - start
-    del result
-    return seconds
 
 
 def _seconds(seconds: Sequence[float], digits: int) -> str:

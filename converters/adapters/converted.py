@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,6 @@ from converters.names import named, natural_order
 
 if TYPE_CHECKING:
     import torch
-
-    Load = Callable[[str], tuple[torch.Tensor, torch.Tensor]]
 
 _INWARD = ("ffn_gate_exps", "ffn_up_exps")
 _OUTWARD = ("ffn_down_exps",)

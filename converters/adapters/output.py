@@ -29,12 +29,14 @@ class Origin:
         description: one sentence.
         tags: what hubs file the output under.
         facts: metadata keys and values, kept in order.
+        invocation: the command line, for a directory's card.
     """
 
     title: str
     description: str
     tags: tuple[str, ...]
     facts: Mapping[str, Fact]
+    invocation: str | None = None
 
 
 class AdapterOutput(Protocol):

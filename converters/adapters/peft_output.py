@@ -203,4 +203,5 @@ def _card(target: Path, adapter: LoraAdapter, origin: Origin) -> str:
         languages=own.languages,
         library="peft",
         facts=origin.facts,
+        invocation=origin.invocation,
     ).to_markdown()

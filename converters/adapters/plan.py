@@ -15,16 +15,15 @@ from converters.adapters.naming import base_names, conventional_file_name, finet
 from converters.adapters.output import AdapterOutput
 from converters.adapters.peft import CONFIG, WEIGHTS
 from converters.adapters.peft_output import PeftOutput
-from converters.atomic import refuse_to_overwrite
-from converters.errors import MismatchError, OutputPathError, UsageError, system_reason
+from converters.atomic import entries_to_replace, refuse_to_discard, refuse_to_overwrite, refuse_to_swallow
+from converters.errors import MismatchError, UsageError
 from converters.ggml import OUTTYPES
 from converters.models import ModelDescription
-from converters.paths import is_there, resolved
+from converters.paths import is_there
 
 Kind = Literal["file", "inside", "peft"]
 
 _ADAPTER_FILES = {CONFIG, WEIGHTS, "README.md", ".gitattributes"}
-_MOST_NAMES = 3
 
 
 def plan_output(
@@ -66,7 +65,7 @@ def plan_output(
         return GgufOutput(target, OUTTYPES[outtype], adapter, model, force=force)
     if outtype == "q8_0":
         raise UsageError("PEFT directories hold f32, f16 or bf16; q8_0 is for GGUF")
-    _refuse_to_swallow(target, (adapter.path, *model.sources, *reads))
+    refuse_to_swallow(target, (adapter.path, *model.sources, *reads))
     _refuse_to_discard(target)
     return PeftOutput(target, OUTTYPES[outtype], adapter, model, force=force)
 
@@ -121,28 +120,9 @@ def _conventional_name(adapter: LoraAdapter, model: ModelDescription, label: str
     return conventional_file_name(base, "-".join(part for part in (own, label) if part), outtype)
 
 
-def _refuse_to_swallow(out: Path, inputs: Sequence[Path]) -> None:
-    """A directory that is swapped whole must not be, or hold, what is being read, nor the place one works in."""
-    place = resolved(out)
-    for path in (*inputs, Path.cwd(), Path.home()):
-        if resolved(path).is_relative_to(place):
-            raise OutputPathError(f"would replace {path} with everything in it; choose another name", file=out)
-
-
 def _refuse_to_discard(out: Path) -> None:
     """--force swaps a directory whole, so it must be an adapter and nothing more: no one's checkpoints or models."""
-    if not is_there(out) or not out.is_dir():
-        return
-    try:
-        entries = sorted(out.iterdir())
-    except OSError as error:
-        raise OutputPathError(f"can't be looked into: {system_reason(error)}", file=out) from None
-    if not any(entry.name == CONFIG for entry in entries):
-        others, what = entries, "is a directory that is no adapter"
-    else:
-        others, what = [entry for entry in entries if entry.name not in _ADAPTER_FILES], "holds more than an adapter"
-    if others:
-        names = ", ".join(entry.name for entry in others[:_MOST_NAMES]) + ", ..." * (len(others) > _MOST_NAMES)
-        raise OutputPathError(
-            f"exists already and {what}: replacing it would delete {names}; choose another name", file=out
-        )
+    others, what = entries_to_replace(out), "is a directory that is no adapter"
+    if any(entry.name == CONFIG for entry in others):
+        others, what = [entry for entry in others if entry.name not in _ADAPTER_FILES], "holds more than an adapter"
+    refuse_to_discard(out, others, what)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _LAYER, _EXPERT = "{i}", "{e}"
 _NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d{0,5})(?=\.)")
 _TEXT = "model."
+_ENDINGS = ("weight", "bias")
 _BESIDE_TEXT = frozenset({"vision_tower", "vision_model", "visual", "multi_modal_projector", "audio_tower"})
 _OTHER_FILE = "llama.cpp keeps what is not the language model in a file of its own (mmproj), which no adapter reaches"
 
@@ -143,6 +144,17 @@ class Architecture:
     def to_gguf(self, module: str) -> tuple[Destination, ...]:
         """Where a checkpoint's module goes: to one place in GGUF, or in parts to several. Empty: the table lacks it."""
         return _lookup(self._forward, module)
+
+    def tensors_in_gguf(self, tensor: str) -> Iterator[tuple[str, Destination]]:
+        """GGUF's names of a checkpoint's tensor (a weight, a bias, a bare parameter) or of its parts, each with the way
+        there."""
+        for found in self.to_gguf(tensor):
+            if found.rule.bare is not None:
+                yield f"{found.name}.{found.rule.bare}", found
+        module, dot, ending = tensor.rpartition(".")
+        for found in self.to_gguf(module):
+            if found.rule.bare is None and ending in _ENDINGS:
+                yield found.name + dot + ending, found
 
     def to_hugging_face(self, module: str) -> Destination | None:
         """Where a GGUF module comes from; None when the table lacks it."""
