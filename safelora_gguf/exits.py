@@ -12,11 +12,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import FrameType
 
 from converters.errors import Error, WriteError, system_reason
 from safelora_gguf._version import __version__
+from safelora_gguf.outcome import Outcome
 from safelora_gguf.terminal import printable, stderr
 
 INTERRUPTED, TERMINATED, BUG = 130, 143, 70
@@ -26,31 +26,18 @@ class Terminated(BaseException):
     """SIGTERM, raised so that half-made outputs are taken away on the way out."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a command came to: the text for stdout, and how it ends.
-
-    Attributes:
-        failure: part of the work failed, and `text` says what could be done all the same.
-    """
-
-    text: str
-    status: int = 0
-    failure: Error | None = None
-
-
 def run_command(name: str, body: Callable[[], Outcome], *, as_json: bool, verbose: bool) -> int:
     """Runs a command's body and turns however it ends into output and an exit status.
 
     Args:
         name: the command, for the error object.
         body: gives the outcome.
-        as_json: on failure stdout gets {"command", "version", "error"}.
+        as_json: stdout gets the report; on failure {"command", "version", "error"}.
         verbose: show tracebacks.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        return _finish(body())
+        return _finish(body(), as_json=as_json)
     except Error as error:
         if verbose:
             traceback.print_exc()
@@ -68,8 +55,10 @@ def run_command(name: str, body: Callable[[], Outcome], *, as_json: bool, verbos
         return _bug(name, error, as_json=as_json, verbose=verbose)
 
 
-def _finish(outcome: Outcome) -> int:
-    _deliver(outcome.text)
+def _finish(outcome: Outcome, *, as_json: bool) -> int:
+    from safelora_gguf.report import dump_json
+
+    _deliver(dump_json(outcome.report) if as_json else outcome.text())
     if outcome.failure is None:
         return outcome.status
     _tell(f"error: {outcome.failure}")
