@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from converters.adapters.lora import LoraAdapter, LoraPair
+from converters.adapters.whole import WholeTensor
 from converters.errors import FormatError, UnsupportedError, UsageError
 from converters.models import Layout, Model
 from converters.names import canonical
@@ -155,6 +156,14 @@ class NearestPairs:
         return (*self._adapter.losses, *(self._loss(module) for module in self.pairs))
 
     @property
+    def missing(self) -> tuple[str, ...]:
+        return self._adapter.missing
+
+    @property
+    def whole(self) -> Mapping[str, WholeTensor]:
+        return self._adapter.whole
+
+    @property
     def path(self) -> Path:
         return self._adapter.path
 
@@ -178,6 +187,9 @@ class NearestPairs:
     @property
     def invocation_tokens(self) -> tuple[int, ...]:
         return self._adapter.invocation_tokens
+
+    def load_whole(self, key: str) -> torch.Tensor:
+        return self._adapter.load_whole(key)
 
     def load_frozen_table(self, module: str) -> torch.Tensor:
         raise KeyError(module)

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from converters.adapters.lora import LoraPair
 from converters.adapters.output import Origin
 from converters.adapters.plan import plan_output
+from converters.adapters.whole import WholeTensor
 from converters.errors import UnsupportedError
 from converters.models import Layout, Model
 from converters.names import first_few, natural_order
@@ -36,6 +37,8 @@ class LoxAdapter:
     frozen_tables: Mapping[str, str] = {}
     magnitudes: Mapping[str, str] = {}
     losses: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    whole: Mapping[str, WholeTensor] = {}
     notes: tuple[str, ...] = ()
 
     def __init__(self, aligned: Model, triples: Sequence[Triple], rank: int) -> None:
@@ -81,6 +84,9 @@ class LoxAdapter:
         missing = pair.rank - len(step.a)
         a = pad(step.a, (0, columns - step.a.shape[1], 0, missing))  # tokens that only one model has: nothing is added
         return a, pad(step.b, (0, missing, 0, rows - step.b.shape[0]))
+
+    def load_whole(self, key: str) -> torch.Tensor:
+        raise KeyError(key)
 
     def load_magnitude(self, module: str) -> torch.Tensor:
         raise KeyError(module)

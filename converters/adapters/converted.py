@@ -9,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converters.adapters.converted_whole import PlacedWhole, whole_in_gguf
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.adapters.peft import PeftAdapter
+from converters.adapters.whole import WholeTensor
 from converters.architectures import Architecture, Destination, Rule, find_architecture
 from converters.architectures.transforms import StoredTransposed, SwapFactors
 from converters.bridge import Bridge
@@ -89,14 +91,12 @@ class ConvertedAdapter:
     """
 
     layout: Layout = "gguf"
-    magnitudes: Mapping[str, str] = {}
 
     def __init__(self, adapter: LoraAdapter, bridge: Bridge) -> None:
         """Raises:
         UnsupportedError: the table has no place for a module. FormatError: heads that don't divide the rows.
         MismatchError: experts that the model hasn't.
         """
-        assert not adapter.magnitudes, "a DoRA adapter becomes nearest pairs before its layout changes"
         self.source = adapter
         self.bridge = bridge
         self._places: dict[str, tuple[str, Rule]] = {}
@@ -160,8 +160,42 @@ class ConvertedAdapter:
         kept = (loss for loss in self.source.losses if loss.partition(": ")[0] not in gone)
         return (*kept, *self._told_left_out())
 
+    @property
+    def missing(self) -> tuple[str, ...]:
+        return (*self.source.missing, *self._told_left_out())
+
+    @cached_property
+    def magnitudes(self) -> Mapping[str, str]:
+        lengths = self.source.magnitudes
+        return {name: lengths[own] for name, (own, _) in self._places.items() if own in lengths}
+
+    @cached_property
+    def whole(self) -> Mapping[str, WholeTensor]:
+        """See `LoraAdapter.whole`; also raises what `whole_in_gguf` raises."""
+        return {name: placed.tensor for name, placed in self._whole.items()}
+
+    @cached_property
+    def _whole(self) -> Mapping[str, PlacedWhole]:
+        return whole_in_gguf(self.source, self.bridge)
+
+    def load_whole(self, key: str) -> torch.Tensor:
+        placed = self._whole[key]
+        return placed.bring(self.source.load_whole(placed.source), self.bridge.heads)
+
     def load_magnitude(self, module: str) -> torch.Tensor:
-        raise KeyError(module)
+        """See `LoraAdapter.load_magnitude`: lengths of rows go B's way.
+
+        Raises:
+            UnsupportedError: the rows of columns that have lengths are other ones in GGUF.
+        """
+        own, rule = self._places[module]
+        lengths = self.source.load_magnitude(own)
+        if not rule.transforms:
+            return lengths
+        if lengths.ndim > 1 or any(isinstance(each, SwapFactors) for each in rule.transforms):
+            told = "has lengths of columns, and GGUF has the weight in another form: merge the adapter in safetensors"
+            raise UnsupportedError(told, file=self.tensor_file, tensor=self.magnitudes[module])
+        return rule.pair(lengths.new_zeros(1, 1), lengths[:, None], self.bridge.heads)[1][:, 0]
 
     def load_frozen_table(self, module: str) -> torch.Tensor:
         found = self.bridge.architecture.to_hugging_face(module)

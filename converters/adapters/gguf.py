@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from converters.adapters.gguf_check import EMBEDDING, adapter_pairs, check_adapter, four
 from converters.adapters.lora import LoraPair
+from converters.adapters.whole import WholeTensor
 from converters.errors import FormatError, UnsupportedError
 from converters.fingerprint import fingerprint_gguf
 from converters.gguf_header import read_gguf_header
@@ -32,6 +33,7 @@ class GgufAdapter:
     peft_config: bytes | None = None
     frozen_tables: Mapping[str, str] = {}
     magnitudes: Mapping[str, str] = {}
+    whole: Mapping[str, WholeTensor] = {}
 
     def __init__(self, header: GgufHeader) -> None:
         self.header = header
@@ -40,6 +42,7 @@ class GgufAdapter:
         halves, norms = adapter_pairs(header)
         told = f"{', '.join(norms)}: norms, which llama.cpp ignores and no pairs can hold: left out"
         self.losses: tuple[str, ...] = (told,) if norms else ()
+        self.missing = self.losses
         pairs = [pair for name, (a, b) in halves.items() for pair in self._pairs(name, a, b)]
         if not pairs:
             raise FormatError("holds no LoRA pairs", file=header.path)
@@ -83,6 +86,9 @@ class GgufAdapter:
 
     def load_frozen_table(self, module: str) -> torch.Tensor:
         raise KeyError(module)
+
+    def load_whole(self, key: str) -> torch.Tensor:
+        raise KeyError(key)
 
     def load_magnitude(self, module: str) -> torch.Tensor:
         raise KeyError(module)

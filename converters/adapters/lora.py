@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from converters.adapters.whole import WholeTensor
 from converters.models import Layout
 
 if TYPE_CHECKING:
@@ -106,6 +107,20 @@ class LoraAdapter(Protocol):
         """What belongs to its update and is not, or not exactly, in its pairs; a sentence each, with the way out."""
 
     @property
+    def missing(self) -> tuple[str, ...]:
+        """Those of the `losses` that are in none of `pairs`, `magnitudes` and `whole`: merging loses them, too."""
+
+    @property
+    def whole(self) -> Mapping[str, WholeTensor]:
+        """What it holds beside the pairs, by the names that `load_whole` takes: those of its file, and where a table
+        makes several tensors of one, of every part.
+
+        Raises:
+            FormatError: the first time, where a tensor contradicts the others or the configuration.
+            UnsupportedError: likewise, where one is of no type or has no place that is known.
+        """
+
+    @property
     def magnitudes(self) -> Mapping[str, str]:
         """DoRA's row lengths, tensor names by module: its pairs alone are not its update. Empty for others."""
 
@@ -113,6 +128,13 @@ class LoraAdapter(Protocol):
         """DoRA's lengths for one module: (out,) of the rows of B @ A's weight, or (1, in) of its columns.
 
         PEFT has one for every column of an embedding table, MLX one for every token; B @ A is the table's transpose.
+        """
+
+    def load_whole(self, key: str) -> torch.Tensor:
+        """One of `whole`, in the stored type or float32.
+
+        Raises:
+            FormatError: values that are not finite.
         """
 
     def load_frozen_table(self, module: str) -> torch.Tensor:

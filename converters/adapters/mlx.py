@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.adapters.lora import LoraPair
 from converters.adapters.mlx_pairs import MERGE, mlx_magnitudes, mlx_pairs
+from converters.adapters.whole import WholeTensor
 from converters.errors import FormatError, UnsupportedError
 from converters.fingerprint import fingerprint
 from converters.models import Layout
@@ -45,6 +46,8 @@ class MlxAdapter:
     peft_config: bytes | None = None
     notes: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    whole: Mapping[str, WholeTensor] = {}  # mlx-lm loads no adapter that holds more than its pairs
 
     def __init__(self, path: Path, config_bytes: bytes, config: MlxConfig, file: SafetensorsFile) -> None:
         self.path = path
@@ -75,6 +78,9 @@ class MlxAdapter:
     def load_frozen_table(self, module: str) -> torch.Tensor:
         """None is ever saved along: `frozen_tables` is empty."""
         raise KeyError(module)
+
+    def load_whole(self, key: str) -> torch.Tensor:
+        raise KeyError(key)
 
     def load_magnitude(self, module: str) -> torch.Tensor:
         """DoRA's row lengths (out,) of one module; of an embedding those of its tokens, as (1, vocabulary)."""
@@ -153,8 +159,8 @@ def parse_mlx_config(raw: Mapping[str, Any], path: Path, *, dora: bool = False) 
     # Before 0.19 mlx-lm wrote use_dora; since then it reads fine_tune_type alone, with this default.
     kind = raw.get("fine_tune_type", "dora" if raw.get("use_dora") else "lora")
     if kind == "dora" and not dora:
-        told = f"uses DoRA, whose update has no low rank: convert adapter makes the nearest pairs, or {MERGE}"
-        raise UnsupportedError(told, file=path)
+        told = "uses DoRA, whose update has no low rank: convert adapter makes the nearest pairs, or merge it "
+        raise UnsupportedError(told + "(safelora-gguf merge)", file=path)
     if kind == "full":
         raise UnsupportedError(f"holds whole trained tensors (fine_tune_type full), no pairs; {MERGE}", file=path)
     if kind not in ("lora", "dora"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from converters.adapters.lora import LoraPair
 from converters.adapters.peft_config import Meaning, PeftConfig, parse_peft_config
 from converters.adapters.peft_pairs import PREFIX, frozen_tables, magnitudes, pairs_by_module, sort_tensors
 from converters.adapters.peft_parameters import Tell, notes_on_targets, stop
+from converters.adapters.peft_whole import whole_tensors
+from converters.adapters.whole import WholeTensor, check_finite
 from converters.errors import FileMissingError, UnsupportedError
 from converters.fingerprint import fingerprint
 from converters.models import Layout
@@ -29,7 +32,8 @@ class PeftAdapter:
     """A PEFT LoRA adapter (a `LoraAdapter`); see `open_peft`.
 
     Attributes:
-        losses: what was trained beside the pairs and is left out; see `peft_losses`.
+        losses: what was trained beside the pairs, which pairs can't hold; see `peft_losses`.
+        missing: what the configuration announces and the file lacks.
         magnitudes: by module, the tensors of DoRA's row lengths; the pairs alone are then not the update.
     """
 
@@ -61,12 +65,18 @@ class PeftAdapter:
         keys, beside = sort_tensors(file, config, tell)
         adapted = [each.parameter for each in keys if each.parameter is not None]
         self.notes = (*beside.notes(config), *notes_on_targets(config.target_parameters, adapted))
-        self.losses = beside.losses(config)
+        self.losses, self.missing = beside.losses(config), beside.missing(config)
+        self._beside = beside
         self.frozen_tables = frozen_tables(file)
         self.pairs: Mapping[str, LoraPair] = pairs_by_module(
             file, keys, (meanings or config.meanings)([each.matched for each in keys]), tell
         )
         self.magnitudes: Mapping[str, str] = magnitudes(file, self.pairs, tell) if config.use_dora else {}
+
+    @cached_property
+    def whole(self) -> Mapping[str, WholeTensor]:
+        """See `LoraAdapter.whole`. Found when asked for: whoever needs pairs alone need not mind damage in the rest."""
+        return whole_tensors(self._file, self.config, self._beside, self.pairs)
 
     @property
     def lora_alpha(self) -> float:
@@ -87,6 +97,10 @@ class PeftAdapter:
     @property
     def nbytes(self) -> int:
         return self._file.path.stat().st_size
+
+    def load_whole(self, key: str) -> torch.Tensor:
+        """One of `whole`, in its stored type."""
+        return check_finite(self._file.load(key), self._file.path, key)
 
     def load_frozen_table(self, module: str) -> torch.Tensor:
         """One of `frozen_tables`: PEFT saves the table of an adapted embedding or head along, as it found it."""

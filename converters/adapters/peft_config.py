@@ -16,7 +16,8 @@ _HARMLESS_INITS = {None, True, False, "gaussian", "eva", "orthogonal"}
 """Initialisations that leave the base model as it is; the others subtract something from it."""
 
 _REFUSED_SWITCHES = {
-    "use_dora": "uses DoRA, whose update has no low rank: convert adapter makes the nearest pairs, or merge it",
+    "use_dora": "uses DoRA, whose update has no low rank: convert adapter makes the nearest pairs, or merge it "
+    "(safelora-gguf merge)",
     "use_qalora": "uses QALoRA, which pools its inputs",
     "layer_replication": "repeats layers of its base model (layer_replication)",
     "kasa_config": "is a KaSA adapter, which changes its base model",
@@ -27,6 +28,7 @@ _REFUSED_SWITCHES = {
 
 _MOST_NAMES = 10_000
 _LONGEST_NAME = 1000
+_MOST_TABLES = 100
 _BIASES = ("none", "all", "lora_only")
 
 
@@ -50,7 +52,8 @@ class PeftConfig:
         peft_version: of the PEFT that wrote it, 0.21.2 as (0, 21, 2); before 0.18 it said nothing: ().
         target_parameters: bare parameters that have pairs: names, or their ends behind a dot.
         modules_to_save: modules that were trained whole: names, or their ends.
-        trains_tokens: whether single tokens were trained (trainable_token_indices).
+        trained_tokens: single tokens that were trained (trainable_token_indices), by the end of their table's name;
+            those of any table by no name.
         lora_bias: whether every lora_B was trained with a bias.
         bias: which of the base's biases were trained: none, all or lora_only.
         fan_in_fan_out: whether weights that PEFT can't tell by their class are stored as (in, out). It sets this aside
@@ -69,7 +72,7 @@ class PeftConfig:
     invocation_tokens: tuple[int, ...]
     target_parameters: tuple[str, ...]
     modules_to_save: tuple[str, ...]
-    trains_tokens: bool
+    trained_tokens: Mapping[str, tuple[int, ...]]
     lora_bias: bool
     bias: str
     fan_in_fan_out: bool
@@ -123,7 +126,7 @@ def parse_peft_config(raw: Mapping[str, Any], path: Path, *, dora: bool = False)
         invocation_tokens=_tokens(raw.get("alora_invocation_tokens"), path),
         target_parameters=_names(raw, "target_parameters", path),
         modules_to_save=_names(raw, "modules_to_save", path),
-        trains_tokens=bool(raw.get("trainable_token_indices")),
+        trained_tokens=_trained_tokens(raw.get("trainable_token_indices"), path),
         lora_bias=_flag(raw, "lora_bias", path),
         bias=_bias(raw, path),
         fan_in_fan_out=_flag(raw, "fan_in_fan_out", path),
@@ -213,6 +216,26 @@ def _tokens(value: Any, path: Path) -> tuple[int, ...]:
         return ()
     if not isinstance(value, list) or not all(type(token) is int and 0 <= token < 1 << 32 for token in value):
         raise FormatError("alora_invocation_tokens is no list of tokens", file=path)
+    return tuple(value)
+
+
+def _trained_tokens(value: Any, path: Path) -> dict[str, tuple[int, ...]]:
+    """A list is for the input's embedding, and for a head that is tied to it."""
+    tables = {"": value} if isinstance(value, list) else value or {}
+    if not isinstance(tables, dict):
+        told = f"trainable_token_indices is {_shown(value)}, expected a list of tokens or one for every table"
+        raise FormatError(told, file=path)
+    if len(tables) > _MOST_TABLES:
+        told = f"trainable_token_indices names {len(tables)} tables, more than any model has"
+        raise FormatError(told, file=path)
+    return {name: _indices(tokens, path) for name, tokens in tables.items() if tokens}
+
+
+def _indices(value: Any, path: Path) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(token) is int and 0 <= token < 1 << 32 for token in value):
+        raise FormatError(f"trainable_token_indices has {_shown(value)}, expected a list of tokens", file=path)
+    if len(set(value)) != len(value):
+        raise FormatError("trainable_token_indices has a token twice", file=path)
     return tuple(value)
 
 

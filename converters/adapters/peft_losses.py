@@ -1,4 +1,7 @@
-"""What a PEFT adapter was trained on beside its pairs: no LoRA adapter can hold it, so it is left out and told."""
+"""What a PEFT adapter was trained on beside its pairs: no LoRA adapter can hold it, so it is left out and told.
+
+A merged model can; `peft_whole` has it tensor by tensor.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from converters.adapters.peft_config import PeftConfig
 from converters.errors import FormatError
 from converters.names import named
 
-MERGE = "merge the adapter into its model (PEFT's merge_and_unload)"
+MERGE = "merge the adapter into its model (safelora-gguf merge)"
 _MOST_LETTERS = 500_000_000  # that are compared with modules_to_save, about half a second
 _HEADS = {"classifier", "score"}  # PEFT announces both for every classifier; a model has one
 _TABLES = {
@@ -56,7 +59,7 @@ class BesidePairs:
         """A sentence for each kind, and for what the configuration announces and the file lacks."""
         lost = {kind: names for kind, names in self.names.items() if kind is not Kind.UNTRAINED}
         told = [f"{kind.value}, which pairs can't hold; {MERGE}: {named(names)}" for kind, names in lost.items()]
-        return (*told, *self._missing(config))
+        return (*told, *self.missing(config))
 
     def notes(self, config: PeftConfig) -> tuple[str, ...]:
         """A sentence for what is no part of the update and worth knowing."""
@@ -66,19 +69,20 @@ class BesidePairs:
             told.append(f"its configuration says that biases were trained (bias: {config.bias}), and it holds none")
         return tuple(told)
 
-    def _missing(self, config: PeftConfig) -> list[str]:
+    def missing(self, config: PeftConfig) -> tuple[str, ...]:
+        """A sentence for what the configuration announces and the file lacks."""
         there = self.names.get(Kind.MODULE, ())
         found = {module for module in config.modules_to_save if any(f"{module}." in name for name in there)}
         absent = [module for module in config.modules_to_save if module not in found]
         if found & _HEADS:
             absent = [module for module in absent if module not in _HEADS]
         announced = [f"{named(absent)} (modules_to_save)"] if absent else []
-        if config.trains_tokens and Kind.TOKENS not in self.names:
+        if config.trained_tokens and Kind.TOKENS not in self.names:
             announced.append("single tokens (trainable_token_indices)")
         if config.lora_bias and Kind.LORA_BIAS not in self.names:
             announced.append("biases of lora_B (lora_bias)")
         told = "were trained, too, and its tensors lack them: get the whole adapter and merge it into its model"
-        return [f"its configuration says that {what} {told}" for what in announced]
+        return tuple(f"its configuration says that {what} {told}" for what in announced)
 
 
 def sort_beside_pairs(names: Mapping[str, str], config: PeftConfig, path: Path) -> tuple[BesidePairs, list[str]]:

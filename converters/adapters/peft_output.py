@@ -182,7 +182,7 @@ def _refuse_split_ties(adapter: LoraAdapter, model: ModelDescription) -> None:
     if tied and adapter.format == "mlx":
         raise UnsupportedError(
             "adapts an embedding that its model uses for input and output, which PEFT would apply to the input alone; "
-            "merge it into its model with mlx_lm.fuse",
+            "merge the adapter into its model (safelora-gguf merge)",
             file=adapter.path,
             tensor=tied[0].key,
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from converters.adapters.gguf_pairs import MAX_PAIRS
 from converters.adapters.lora import LoraPair
 from converters.adapters.peft_config import Meaning, PeftConfig
-from converters.adapters.peft_losses import MERGE, BesidePairs, sort_beside_pairs
+from converters.adapters.peft_losses import BesidePairs, sort_beside_pairs
 from converters.adapters.peft_parameters import Tell, count_experts, parameters_behind, stop
 from converters.errors import FormatError, InputError, UnsupportedError
 from converters.names import canonical, natural_order
@@ -193,7 +193,10 @@ def _experts(keys: PairKeys, rows: int, rank: int, path: Path) -> int | None:
         return None
     count = count_experts(rows, rank, path, keys.a)
     if count == 1 and keys.weight.rpartition(".")[2] in _TABLES:
-        told = f"is a pair on an embedding by target_parameters, which is not supported: {MERGE}"
+        told = (
+            "is a pair on an embedding by target_parameters, which is not supported: merge the adapter into its model "
+            "(PEFT's merge_and_unload)"
+        )
         raise UnsupportedError(told, file=path, tensor=keys.a)
     return count if count > 1 else None
 

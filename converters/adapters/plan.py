@@ -50,6 +50,7 @@ def plan_output(
         OutputPathError: the place is taken or unusable.
         UnsupportedError: the adapter can't be expressed in that format.
     """
+    assert not adapter.magnitudes, "DoRA becomes nearest pairs before it is written: pairs alone are not its update"
     if outtype not in OUTTYPES:
         raise UsageError(f"unknown outtype {outtype!r}; adapters can be {', '.join(OUTTYPES)}")
     if not str(out):

@@ -15,7 +15,7 @@ from converters.errors import FormatError, UnsupportedError
 
 Q0 = "model.layers.0.self_attn.q_proj"
 P = "base_model.model."
-MERGE = "merge the adapter into its model"
+MERGE = "merge the adapter into its model (safelora-gguf merge)"
 
 
 def open_with(root: Path, names: list[str], **settings: Any) -> PeftAdapter:

@@ -164,7 +164,7 @@ def test_an_mlx_pair_on_a_tied_embedding_is_no_peft_pair(tmp_path: Path) -> None
     (adapter / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"rank": 4, "scale": 2.0}}))
     told = project(base, aligned, adapter, tmp_path / "peft")
     assert (told["exit"], told["error"]["kind"]) == (3, "unsupported")
-    assert "mlx_lm.fuse" in told["error"]["message"]
+    assert "safelora-gguf merge" in told["error"]["message"]
 
 
 def test_the_table_shows_noise_where_there_is_some(tmp_path: Path) -> None:
