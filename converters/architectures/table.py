@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from converters.architectures.heads import HeadCounts
 from converters.architectures.transforms import HeadParts, PermuteHeads, TakeRows, Transform, UngroupHeads
+from converters.architectures.writing import ModelWriting
 
 if TYPE_CHECKING:
     import torch
@@ -133,6 +134,7 @@ class Architecture:
         rules: every module that carries weights, norms included.
         composites: those of the classes that hold such a model beside others, for images say.
         without_pairs: modules of which no pair can be brought over, each with the reason.
+        writing: how its models are written as GGUF; None where they are not converted here, but for their adapters.
     """
 
     name: str
@@ -140,6 +142,7 @@ class Architecture:
     rules: tuple[Rule, ...]
     composites: tuple[str, ...] = ()
     without_pairs: Mapping[str, str] = field(default_factory=dict)
+    writing: ModelWriting | None = None
 
     def to_gguf(self, module: str) -> tuple[Destination, ...]:
         """Where a checkpoint's module goes: to one place in GGUF, or in parts to several. Empty: the table lacks it."""
