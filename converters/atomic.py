@@ -23,6 +23,9 @@ from converters.errors import OutputPathError, WriteError, system_reason
 from converters.fingerprint import hashed_meanwhile
 from converters.paths import is_there, resolved
 
+JOURNAL, NEW, OLD = "journal", "new", "old"
+"""What is in the temporary of several files, see `roll_back`."""
+
 _SUFFIX = ".safelora-gguf.tmp"
 _FEW = 8  # files of an adapter; of a model with more, in shards, nobody asks for one's hash
 _MOST_NAMES = 3
@@ -115,25 +118,25 @@ def atomic_file(target: Path, *, force: bool) -> Iterator[BinaryIO]:
     """
     target = _followed(target)
     check_target(target, force=force)
-    with _write_errors(target), _made_parents(target.parent):
-        temporary = _temporary(target)
-        _remove_stale(temporary, target)
+    with write_errors(target), made_parents(target.parent):
+        temporary = temporary_of(target)
+        remove_stale(temporary, target)
         opened = temporary.open("xb")
         try:
-            with opened as file, _locked(temporary, target):
+            with opened as file, locked(temporary, target):
                 yield file
                 file.flush()
                 with hashed_meanwhile(temporary):
                     os.fsync(file.fileno())
-            _publish_file(temporary, target, force=force)
+            publish_file(temporary, target, force=force)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _flush_directory(target.parent)
+        flush_directory(target.parent)
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
+def signals_held() -> Iterator[None]:
     """Interruptions that come during the block take effect after it; in the main thread, where they are delivered."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -161,21 +164,21 @@ def atomic_directory(target: Path, *, force: bool) -> Iterator[Path]:
     """
     target = _followed(target)
     check_target(target, force=force, directory=True)
-    with _write_errors(target), _made_parents(target.parent):
-        temporary = _temporary(target)
-        _remove_stale(temporary, target)
+    with write_errors(target), made_parents(target.parent):
+        temporary = temporary_of(target)
+        remove_stale(temporary, target)
         temporary.mkdir()
         try:
-            with _locked(temporary, target):
+            with locked(temporary, target):
                 yield temporary
-                _flush_tree(temporary)
-            with _signals_held():  # between the swap and the end of what it replaced nothing may be left over
+                flush_tree(temporary)
+            with signals_held():  # between the swap and the end of what it replaced nothing may be left over
                 _publish_directory(temporary, target)
                 shutil.rmtree(temporary, ignore_errors=True)
         finally:
-            with _signals_held():
+            with signals_held():
                 shutil.rmtree(temporary, ignore_errors=True)
-        _flush_directory(target.parent)
+        flush_directory(target.parent)
 
 
 def _followed(target: Path) -> Path:
@@ -183,12 +186,14 @@ def _followed(target: Path) -> Path:
     return target.resolve() if target.is_symlink() and target.exists() else target.absolute()
 
 
-def _temporary(target: Path) -> Path:
+def temporary_of(target: Path) -> Path:
+    """What is written under, until it is whole."""
     return target.with_name(f".{target.name}{_SUFFIX}")
 
 
 @contextlib.contextmanager
-def _write_errors(target: Path) -> Iterator[None]:
+def write_errors(target: Path) -> Iterator[None]:
+    """Turns the system's errors into an OutputPathError or a WriteError."""
     try:
         yield
     except OSError as error:
@@ -206,7 +211,7 @@ def _write_errors(target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _made_parents(parent: Path) -> Iterator[None]:
+def made_parents(parent: Path) -> Iterator[None]:
     """Makes missing parents, and takes those it made away again when the block fails."""
     missing = []
     while not parent.exists():
@@ -223,23 +228,49 @@ def _made_parents(parent: Path) -> Iterator[None]:
         raise
 
 
-def _remove_stale(temporary: Path, target: Path) -> None:
-    """Removes what a killed run left; a temporary that is locked belongs to a living one."""
+def remove_stale(temporary: Path, target: Path) -> None:
+    """Removes what a killed run left; a temporary that is locked belongs to a living one.
+
+    Raises:
+        OutputPathError: it is locked.
+    """
     if not temporary.exists() and not temporary.is_symlink():
         return
     if temporary.is_symlink():
         temporary.unlink()
         return
-    with _locked(temporary, target):
+    with locked(temporary, target):
         pass
     if temporary.is_dir():
+        roll_back(temporary)
         shutil.rmtree(temporary)
     else:
         temporary.unlink()
 
 
+def roll_back(temporary: Path) -> None:
+    """Undoes what `converters.atomic_files` had begun to publish, unless it was done: what was there comes back.
+
+    Its temporary holds the new files and, from the first one that leaves it, `JOURNAL` with their names. The name
+    in the first line leaves it last, and what was replaced waits in `OLD`.
+    """
+    journal, parent = temporary / JOURNAL, temporary.parent
+    if not journal.is_file():
+        return
+    names = [Path(name).name for name in journal.read_text(encoding="utf-8", errors="surrogateescape").split("\0")]
+    if not (temporary / NEW / names[0]).exists():
+        return
+    for name in names:
+        waiting, place = temporary / NEW / name, parent / name
+        if place.exists() and (not waiting.exists() or waiting.samefile(place)):
+            place.unlink()
+    for old in (temporary / OLD).iterdir():
+        old.replace(parent / old.name)
+
+
 @contextlib.contextmanager
-def _locked(temporary: Path, target: Path) -> Iterator[None]:
+def locked(temporary: Path, target: Path) -> Iterator[None]:
+    """Raises OutputPathError: another process holds the temporary."""
     if sys.platform == "win32":
         yield
         return
@@ -255,7 +286,8 @@ def _locked(temporary: Path, target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _publish_file(temporary: Path, target: Path, *, force: bool) -> None:
+def publish_file(temporary: Path, target: Path, *, force: bool) -> None:
+    """Raises OutputPathError: without `force`, the target has appeared meanwhile."""
     if force:
         temporary.replace(target)
         return
@@ -292,7 +324,8 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(function(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
 
 
-def _flush_tree(directory: Path) -> None:
+def flush_tree(directory: Path) -> None:
+    """Waits until everything in a directory is on its device."""
     paths = sorted(directory.rglob("*"))
     files = [path for path in paths if not path.is_dir()]
     largest = max(files, key=lambda path: path.stat().st_size, default=None)
@@ -301,10 +334,11 @@ def _flush_tree(directory: Path) -> None:
         with path.open("rb") as file, alone:
             os.fsync(file.fileno())
     for path in (*(path for path in paths if path.is_dir()), directory):
-        _flush_directory(path)
+        flush_directory(path)
 
 
-def _flush_directory(path: Path) -> None:
+def flush_directory(path: Path) -> None:
+    """Waits until a directory's list of names is on its device."""
     if sys.platform == "win32":
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,83 +1,48 @@
 """A GGUF model written again with some of its tensors changed, everything else byte for byte as it was.
 
 Keys, tokenizer, alignment and order are the source's, of a split model those of its first shard; a changed tensor is
-stored again in its own type unless the caller names another. Rows are asked for, rounded and written a few megabytes
-at a time, and what stays is copied inside the kernel where that is possible.
+stored again in its own type unless the caller names another.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
-from converters.atomic import atomic_file
-from converters.copying import copy_range
+from converters.changes import Change
 from converters.errors import FileMissingError, FormatError, UnsupportedError, system_reason
-from converters.ggml import QType, block_of, check_storable, decode, encode, nbytes
-from converters.gguf_file import Value, entry_bytes, start_bytes, stored_entry_bytes, tensor_info_bytes
-from converters.gguf_metadata import GgufHeader, GgufTensor
+from converters.ggml import QType, fits
+from converters.gguf_file import Value, entry_bytes, stored_entry_bytes
+from converters.gguf_layout import Entry, ModelTensor, Rounded, Stored
+from converters.gguf_metadata import GgufHeader
+from converters.gguf_rounding import StoredError, check_types, column_importance
+from converters.gguf_shards import SPLIT_KEYS
+from converters.gguf_stream import Progress, gguf_model_size, write_gguf_model
+from converters.imatrix import read_imatrix
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+    from numpy.typing import NDArray
 
     from converters.gguf_model import GgufModel
 
-Rows = Callable[[int, int], "torch.Tensor"]
-Progress = Callable[[int, int, str], None]
+__all__ = ["GgufParts", "StoredError", "gguf_parts", "rewrite_gguf", "rewritten_parts", "rewritten_size"]
 
-_ELEMENTS = 1 << 21  # of a tensor that are held at once: 8 MB in float32
-_SAFE_SQUARES = (1e-20, 1e30)  # sums in float32 that have lost nothing to its range
-_SPLIT = ("split.no", "split.count", "split.tensors.count")
 _REMEDY = "A changed tensor keeps its type: start from a float file of the model (F16, BF16, F32), with --outtype"
 
 
 @dataclass(frozen=True)
-class Change:
-    """A tensor with new values.
+class GgufParts:
+    """What `write_gguf_model` makes a model of."""
 
-    Attributes:
-        rows: gives rows [start, stop) of the tensor seen as a matrix, all dimensions but the last merged: float32
-            (stop - start, columns) on the CPU. Asked once for every row, in order.
-        qtype: the type to store it in, if not its own; its rows must be whole blocks of it.
-    """
-
-    name: str
-    rows: Rows
-    qtype: int | None = None
-
-
-@dataclass(frozen=True)
-class StoredError:
-    """What rounding to the stored type cost a tensor: ||stored - wanted||_F, and that divided by ||wanted||_F."""
-
-    relative: float
-    absolute: float
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """A tensor of the output; `offset` counts from the beginning of the data."""
-
-    tensor: GgufTensor
-    source: GgufHeader
-    change: Change | None
-    qtype: int
-    nbytes: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class _Plan:
-    header: bytes
-    tensors: Sequence[_Placed]
+    entries: Sequence[Entry]
+    tensors: Sequence[ModelTensor]
     alignment: int
-    nbytes: int
 
 
 def rewrite_gguf(
@@ -85,74 +50,148 @@ def rewrite_gguf(
     target: Path,
     changes: Sequence[Change],
     *,
-    added: Sequence[tuple[str, Value]] = (),
+    added: Sequence[tuple[str, Value | bytes]] = (),
+    dropped: Collection[str] = (),
+    imatrix: Path | None = None,
+    split_max_size: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Mapping[str, StoredError]:
-    """Writes a model to one file, whole or not at all.
+    """Writes a model, whole or not at all.
 
     Args:
         target: must be none of the files that `changes` read from.
-        changes: at most one for a name, of tensors that the model has.
-        added: keys that follow the source's own; one that it has already gets the new value in its old place.
+        changes: see `rewritten_parts`, as for `added`, `dropped` and `imatrix`.
+        split_max_size: see `write_gguf_model`.
         progress: called with (bytes written, bytes in all, next tensor).
 
     Returns:
         For every change what its type cost it.
 
     Raises:
-        UnsupportedError: a changed tensor's type can't be stored, or can't hold the values; or the model is
-            big-endian. All but the values is found before anything is written.
-        FormatError, FileMissingError: the source was changed or removed meanwhile.
-        OutputPathError, WriteError: see `converters.atomic`.
+        As `rewritten_parts` and `write_gguf_model`; all but values that can't be stored is found before anything is
+        written.
     """
-    plan = _planned(model, changes, added)
-    errors: dict[str, StoredError] = {}
-    with atomic_file(target, force=force) as file, _opened(model.headers) as sources:
-        file.write(plan.header)
-        for placed in plan.tensors:
-            where = len(plan.header) + placed.offset
-            if progress is not None:
-                progress(where, plan.nbytes, placed.tensor.name)
-            if placed.change is None:
-                source, size = sources[placed.source.path], placed.nbytes
-                if copy_range(source, placed.tensor.offset, file, where, size) != size:
-                    _refuse_changed(placed.source)
-            else:
-                errors[placed.tensor.name] = _store(placed, placed.change.rows, file)
-            file.write(bytes(-placed.nbytes % plan.alignment))
-    return errors
+    parts = rewritten_parts(model, changes, added=added, dropped=dropped, imatrix=imatrix)
+    return write_gguf_model(target, parts.entries, parts.tensors, alignment=parts.alignment, force=force,
+                            split_max_size=split_max_size, progress=progress)  # fmt: skip
 
 
-def rewritten_size(model: GgufModel, changes: Sequence[Change] = (), *, added: Sequence[tuple[str, Value]] = ()) -> int:
+def rewritten_size(
+    model: GgufModel,
+    changes: Sequence[Change] = (),
+    *,
+    added: Sequence[tuple[str, Value | bytes]] = (),
+    dropped: Collection[str] = (),
+    imatrix: Path | None = None,
+    split_max_size: int | None = None,
+) -> int:
     """The bytes that `rewrite_gguf` would write, after the checks that it makes beforehand; raises as it does."""
-    return _planned(model, changes, added).nbytes
+    parts = rewritten_parts(model, changes, added=added, dropped=dropped, imatrix=imatrix)
+    return gguf_model_size(parts.entries, parts.tensors, parts.alignment, split_max_size)
 
 
-def _planned(model: GgufModel, changes: Sequence[Change], added: Sequence[tuple[str, Value]]) -> _Plan:
-    first = model.headers[0]
-    _check_byte_order(model.headers)
+def rewritten_parts(
+    model: GgufModel,
+    changes: Sequence[Change],
+    *,
+    added: Sequence[tuple[str, Value | bytes]] = (),
+    dropped: Collection[str] = (),
+    imatrix: Path | None = None,
+) -> GgufParts:
+    """A model with its changes, to be written.
+
+    Args:
+        changes: at most one for a name. A tensor that the model does not have says which one it follows: it is stored
+            in that one's type, as F32 if it is a vector, as F16 if its rows are no whole blocks of the type.
+        added: keys that follow the source's own, with their values or whole entries; one that it has already gets the
+            new value in its old place.
+        dropped: keys of the source that are left out.
+        imatrix: an importance matrix for the changed tensors, see `converters.imatrix`. Without one the types that
+            are made for it are stored as if all columns were equal: see `StoredError.flat`.
+
+    Raises:
+        UnsupportedError: a changed tensor's type can't be stored; or the model is big-endian.
+        MismatchError: the importance matrix is another model's.
+        FormatError, FileMissingError: the source was changed or removed meanwhile, or the importance matrix is none.
+    """
     by_name = {change.name: change for change in changes}
     assert len(by_name) == len(changes), "a tensor is changed twice"
-    _check_types(model.headers, by_name)
-    entries = _entries(model.headers, added)
-    offset, places, infos = 0, list[_Placed](), []
-    for header in model.headers:
+    weights = read_imatrix(imatrix) if imatrix is not None else {}
+    parts = gguf_parts(model.headers)
+    tensors = list(_with_new(parts.tensors, by_name))
+    assert not by_name.keys() - {tensor.name for tensor in tensors}, f"changes of no tensor: {list(by_name)}"
+    tensors = [
+        _changed(model, tensor, by_name[tensor.name], weights, imatrix) if tensor.name in by_name else tensor
+        for tensor in tensors
+    ]
+    _check_types(tensors)
+    return GgufParts(_entries(parts.entries, added, dropped), tensors, parts.alignment)
+
+
+def gguf_parts(headers: Sequence[GgufHeader]) -> GgufParts:
+    """A whole model as it is, to be copied; that of several shards without the keys that say so.
+
+    Raises:
+        UnsupportedError: it is big-endian. FormatError, FileMissingError: a file was changed or removed meanwhile.
+    """
+    first, tensors, entries = headers[0], list[ModelTensor](), list[Entry]()
+    _check_byte_order(headers)
+    with _opened(headers) as sources:
+        for key, entry in first.entries.items():
+            if len(headers) == 1 or key not in SPLIT_KEYS:
+                payload = _read(sources[first.path], entry.offset, entry.nbytes, first)
+                entries.append((key, stored_entry_bytes(key, entry.kind, entry.item, entry.count, payload)))
+    for header in headers:
         for name, tensor in header.tensors.items():
-            change = by_name.pop(name, None)
-            qtype = _type(tensor, change)
-            size = tensor.nbytes if qtype == tensor.qtype else nbytes(tensor.shape, qtype)
-            places.append(_Placed(tensor, header, change, qtype, size, offset))
-            infos.append(tensor_info_bytes(name, tensor.shape, qtype, offset))
-            offset += _padded(size, first.alignment)
-    assert not by_name, f"the model has no {', '.join(by_name)}"
-    head = b"".join((start_bytes(len(places), len(entries)), *entries, *infos))
-    head = head.ljust(_padded(len(head), first.alignment), b"\0")
-    return _Plan(head, places, first.alignment, len(head) + offset)
+            stored = Stored(((header.path, tensor.offset, tensor.nbytes),))
+            tensors.append(ModelTensor(name, tensor.shape, tensor.qtype, stored, header.path))
+    return GgufParts(entries, tensors, first.alignment)
 
 
-def _type(tensor: GgufTensor, change: Change | None) -> int:
-    return tensor.qtype if change is None or change.qtype is None else change.qtype
+def _with_new(tensors: Sequence[ModelTensor], changes: Mapping[str, Change]) -> Iterator[ModelTensor]:
+    """The model's tensors, each followed by those that are new behind it, for now as if they were its likes."""
+    present, following = {tensor.name for tensor in tensors}, dict[str, list[Change]]()
+    for change in changes.values():
+        if change.name not in present:
+            assert change.after is not None and change.shape is not None, f"{change.name} is new: where, of what shape?"
+            following.setdefault(change.after, []).append(change)
+    waiting = list(reversed(tensors))
+    while waiting:
+        tensor = waiting.pop()
+        yield tensor
+        for change in reversed(following.pop(tensor.name, [])):
+            assert change.shape is not None, "seen above"
+            qtype = QType.F32 if len(change.shape) == 1 else tensor.qtype
+            qtype = qtype if fits(change.shape, qtype) else QType.F16
+            waiting.append(replace(tensor, name=change.name, shape=change.shape, qtype=qtype))
+
+
+def _changed(
+    model: GgufModel, tensor: ModelTensor, change: Change, weights: Mapping[str, NDArray[np.float32]], file: Path | None
+) -> ModelTensor:
+    shape = tensor.shape if change.shape is None else change.shape
+    importance = None if file is None else column_importance(weights, tensor.name, shape, file)
+    prefetch = partial(model.prefetch, tensor.name) if tensor.name in model.infos else None
+    qtype = tensor.qtype if change.qtype is None else change.qtype
+    return replace(tensor, shape=shape, qtype=qtype, data=Rounded(change.rows, importance, prefetch))
+
+
+def _check_types(tensors: Sequence[ModelTensor]) -> None:
+    try:
+        check_types(tensors)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{error.message}. {_REMEDY}", file=error.file, tensor=error.tensor) from None
+
+
+def _entries(
+    stored: Sequence[Entry], added: Sequence[tuple[str, Value | bytes]], dropped: Collection[str]
+) -> list[Entry]:
+    """The source's keys with their values as they are stored there, then those that are added."""
+    new = {key: value if isinstance(value, bytes) else entry_bytes(key, value) for key, value in added}
+    assert "general.alignment" not in {*new, *dropped}, "the alignment is the source's"
+    entries = [(key, new.pop(key, data)) for key, data in stored if key not in dropped]
+    return [*entries, *new.items()]
 
 
 def _check_byte_order(headers: Sequence[GgufHeader]) -> None:
@@ -160,36 +199,6 @@ def _check_byte_order(headers: Sequence[GgufHeader]) -> None:
         if header.byte_order != "little":
             told = "is big-endian, and models are written little-endian; turn it with gguf-convert-endian first"
             raise UnsupportedError(told, file=header.path)
-
-
-def _check_types(headers: Sequence[GgufHeader], changes: Mapping[str, Change]) -> None:
-    found = {
-        (header.path, _type(tensor, changes[name])): name
-        for header in headers
-        for name, tensor in header.tensors.items()
-        if name in changes
-    }
-    for (path, qtype), name in found.items():
-        try:
-            check_storable(qtype)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{error.message}. {_REMEDY}", file=path, tensor=name) from None
-
-
-def _entries(headers: Sequence[GgufHeader], added: Sequence[tuple[str, Value]]) -> list[bytes]:
-    """The first shard's keys with their values as they are stored there, then those that are added."""
-    header, new = headers[0], {key: entry_bytes(key, value) for key, value in added}
-    assert "general.alignment" not in new, "the alignment is the source's"
-    dropped = _SPLIT if len(headers) > 1 else ()
-    entries = []
-    with _opened([header]) as sources:
-        for key, entry in header.entries.items():
-            if key in new:
-                entries.append(new.pop(key))
-            elif key not in dropped:
-                payload = _read(sources[header.path], entry.offset, entry.nbytes, header)
-                entries.append(stored_entry_bytes(key, entry.kind, entry.item, entry.count, payload))
-    return [*entries, *new.values()]
 
 
 @contextlib.contextmanager
@@ -222,54 +231,3 @@ def _read(file: BinaryIO, offset: int, count: int, header: GgufHeader) -> bytes:
 
 def _refuse_changed(header: GgufHeader) -> NoReturn:
     raise FormatError("was changed while it was read", file=header.path)
-
-
-def _store(placed: _Placed, rows: Rows, file: BinaryIO) -> StoredError:
-    import torch
-
-    tensor, qtype = placed.tensor, placed.qtype
-    columns = tensor.shape[-1] if tensor.shape else 1
-    count, step = prod(tensor.shape[:-1]), max(1, _ELEMENTS // max(1, columns))
-    off = size = 0.0
-    for start in range(0, count, step):
-        shape = (min(step, count - start), columns)
-        wanted = rows(start, start + shape[0])
-        assert wanted.shape == shape and wanted.dtype == torch.float32, f"{tensor.name}: {wanted.shape} for {shape}"
-        size += _square(wanted)
-        if not math.isfinite(size):
-            _refuse_values(placed)
-        data = _encoded(wanted, placed)
-        file.write(data)
-        if qtype != QType.F32:
-            off += _square(decode(data, shape, qtype).sub_(wanted))
-    if not math.isfinite(off):
-        _refuse_values(placed)
-    return StoredError(math.sqrt(off / size) if size else 0.0 if off == 0 else math.inf, math.sqrt(off))
-
-
-def _encoded(wanted: torch.Tensor, placed: _Placed) -> bytes:
-    try:
-        return encode(wanted, placed.qtype)
-    except UnsupportedError as error:
-        raise UnsupportedError(error.message, file=placed.source.path, tensor=placed.tensor.name) from None
-
-
-def _square(values: torch.Tensor) -> float:
-    """||values||_F^2 for a matrix; not finite where a value is not."""
-    import torch
-
-    norms = torch.linalg.vector_norm(values, dim=-1).double()  # in float64 from the start it takes sixty times as long
-    total = float(norms.square().sum())
-    if _SAFE_SQUARES[0] < total < _SAFE_SQUARES[1]:
-        return total
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
-
-
-def _refuse_values(placed: _Placed) -> NoReturn:
-    kind = block_of(placed.qtype)
-    told = f"its new values are too large for {kind.name if kind else placed.qtype}, or no numbers; take a file in BF16"
-    raise UnsupportedError(f"{told} or F32", file=placed.source.path, tensor=placed.tensor.name)
-
-
-def _padded(size: int, alignment: int) -> int:
-    return -(-size // alignment) * alignment

@@ -12,7 +12,25 @@ from converters.gguf_metadata import GgufHeader
 MAX_SHARDS = 4096
 """More files than any model is split into."""
 
+SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+"""What says which part of a model a shard is."""
+
 _NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+
+def shard_name(target: Path, number: int, count: int) -> str:
+    """What a shard of a model that was to be `target` is called; numbers begin with 1."""
+    return f"{_prefix(target)}-{number:05}-of-{count:05}.gguf"
+
+
+def is_shard_of(target: Path, name: str) -> bool:
+    """Whether a file name is that of a shard, one of however many, of a model that was to be `target`."""
+    match = _NAME.fullmatch(name)
+    return match is not None and match["prefix"] == _prefix(target)
+
+
+def _prefix(target: Path) -> str:
+    return target.stem if target.suffix.lower() == ".gguf" else target.name
 
 
 def read_gguf_headers(path: str | Path, what: str = "GGUF file") -> tuple[GgufHeader, ...]:

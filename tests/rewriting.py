@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from converters.changes import Change, Edits, Rows
 from converters.checkpoint import open_checkpoint
-from converters.checkpoint_output import Rows, write_checkpoint
+from converters.checkpoint_output import write_checkpoint
+from converters.gguf_rounding import StoredError
 
 
 def rows_of(tensor: torch.Tensor) -> Rows:
@@ -19,10 +21,14 @@ def rows_of(tensor: torch.Tensor) -> Rows:
     return lambda start, stop: matrix[start:stop]
 
 
-def write(source: Path, target: Path, values: Mapping[str, torch.Tensor], **options: Any) -> Mapping[str, float]:
+def edits_of(values: Mapping[str, torch.Tensor]) -> Edits:
+    """New values of tensors that keep their shapes."""
+    return Edits({name: Change(name, rows_of(tensor)) for name, tensor in values.items()})
+
+
+def write(source: Path, target: Path, values: Mapping[str, torch.Tensor], **options: Any) -> Mapping[str, StoredError]:
     options = {"outtype": None, "card": "# card\n", "metadata": {"tool": "ours"}, "force": False, **options}
-    changes = {name: rows_of(tensor) for name, tensor in values.items()}
-    return write_checkpoint(open_checkpoint(source), target, changes, **options)
+    return write_checkpoint(open_checkpoint(source), target, edits_of(values), **options)
 
 
 def raw(file: Path) -> dict[str, tuple[str, list[int], bytes]]:

@@ -17,12 +17,13 @@ from gguf import GGMLQuantizationType as Type
 from gguf_models import finish
 
 import safelora_gguf
-from converters import copying, gguf_rewrite, libggml
+from converters import copying, gguf_rounding, libggml
+from converters.changes import Change
 from converters.errors import FormatError, UnsupportedError
 from converters.ggml import encode
-from converters.gguf_file import text, uint32
+from converters.gguf_file import entry_bytes, text, texts, uint32
 from converters.gguf_model import GgufModel, open_gguf_model
-from converters.gguf_rewrite import Change, rewrite_gguf, rewritten_size
+from converters.gguf_rewrite import rewrite_gguf, rewritten_size
 
 TINY = Path(safelora_gguf.__file__).parent / "tiny_family" / "aligned.gguf"
 ROOT = Path(__file__).parents[2]
@@ -125,7 +126,7 @@ def test_keys_order_and_other_tensors_are_kept_byte_for_byte(version: int, tmp_p
 def test_a_changed_tensor_is_what_the_gguf_package_makes_of_its_values(
     qtype: Type, elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_rewrite, "_ELEMENTS", elements)  # a row, a few, all of them at once
+    monkeypatch.setattr(gguf_rounding, "_ELEMENTS", elements)  # a row, a few, all of them at once
     source = _model(tmp_path / "model.gguf", [Type.F32, qtype, Type.F16])
     model = open_gguf_model(source)
     errors = rewrite_gguf(model, tmp_path / "out.gguf", [_doubled_and_moved(model, "w1.weight")])
@@ -136,7 +137,7 @@ def test_a_changed_tensor_is_what_the_gguf_package_makes_of_its_values(
     _assert_error(errors["w1.weight"], wanted, gguf.quants.dequantize(made, qtype))
 
 
-def _assert_error(error: gguf_rewrite.StoredError, wanted: np.ndarray, stored: np.ndarray) -> None:
+def _assert_error(error: gguf_rounding.StoredError, wanted: np.ndarray, stored: np.ndarray) -> None:
     off = np.linalg.norm((stored.astype(np.float64) - wanted).ravel())
     assert error.absolute == pytest.approx(off, rel=1e-5)
     assert error.relative == pytest.approx(off / np.linalg.norm(wanted.astype(np.float64).ravel()), rel=1e-5)
@@ -145,7 +146,7 @@ def _assert_error(error: gguf_rewrite.StoredError, wanted: np.ndarray, stored: n
 @needs_libggml
 @pytest.mark.parametrize("qtype", LIBGGML_TYPES)
 def test_k_quants_lose_what_their_rounding_costs(qtype: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_rewrite, "_ELEMENTS", 1000)
+    monkeypatch.setattr(gguf_rounding, "_ELEMENTS", 1000)
     source = _model(tmp_path / "model.gguf", [qtype])
     model, wanted = open_gguf_model(source), _values(9)
     flat = torch.from_numpy(wanted).reshape(-1, _SHAPE[-1])
@@ -175,7 +176,7 @@ def test_q8_0_is_the_gguf_packages_at_any_scale() -> None:
 def test_a_change_can_name_another_type(tmp_path: Path) -> None:
     source = _model(tmp_path / "model.gguf", [Type.Q4_0, Type.F16])
     model = open_gguf_model(source)
-    changes = [Change("w0.weight", lambda start, stop: model.rows("w0.weight", start, stop), Type.F32)]
+    changes = [Change("w0.weight", lambda start, stop: model.rows("w0.weight", start, stop), qtype=Type.F32)]
     assert rewrite_gguf(model, tmp_path / "out.gguf", changes)["w0.weight"].absolute == 0
     before, after = _tensors(source), _tensors(tmp_path / "out.gguf")
     assert after["w0.weight"].tensor_type == Type.F32
@@ -209,25 +210,6 @@ def test_shards_become_one_file(tmp_path: Path) -> None:
     rewrite_gguf(model, tmp_path / "changed.gguf", [_doubled_and_moved(model, "w2.weight")])
     changed = _tensors(tmp_path / "changed.gguf")["w2.weight"].data
     assert (changed == _values(2) * np.float32(2) + np.float32(0.125)).all()
-
-
-@needs_libggml
-@pytest.mark.parametrize("qtype", [Type.IQ2_XXS, Type.IQ2_XS, Type.IQ1_S])
-def test_types_that_need_an_importance_matrix_are_refused_beforehand(qtype: Type, tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    size = gguf.GGML_QUANT_SIZES[qtype][1]
-    writer.add_tensor("w.weight", np.zeros((2, size), np.uint8), raw_dtype=qtype)
-    finish(writer)
-    model = open_gguf_model(tmp_path / "model.gguf")
-    rewrite_gguf(model, tmp_path / "same.gguf", [])
-    change = Change("w.weight", lambda start, stop: pytest.fail("was asked for rows"))
-    for attempt in (
-        lambda: rewrite_gguf(model, tmp_path / "out.gguf", [change]),
-        lambda: rewritten_size(model, [change]),
-    ):
-        with pytest.raises(UnsupportedError, match=rf"w\.weight.*{qtype.name}.*importance.*--outtype"):
-            attempt()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "same.gguf"]
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float64, np.int8])
@@ -284,7 +266,8 @@ from pathlib import Path
 import torch
 from converters.errors import Error
 from converters.gguf_model import open_gguf_model
-from converters.gguf_rewrite import Change, rewrite_gguf
+from converters.changes import Change
+from converters.gguf_rewrite import rewrite_gguf
 what, source, target = sys.argv[1:]
 def rows(start, stop):
     if what == "kill":
@@ -353,3 +336,87 @@ def test_llama_cpp_runs_the_result(tmp_path: Path) -> None:
     assert all(error.absolute < 1e-6 for error in errors.values())
     np.testing.assert_allclose(_logits(tmp_path / "both.gguf"), expected, atol=1e-4)
     assert np.abs(_logits(tmp_path / "half.gguf") - expected).max() > 0.01
+
+
+def test_tensors_that_are_new_or_grow_stand_where_they_should(tmp_path: Path) -> None:
+    source = _model(tmp_path / "model.gguf", [Type.Q8_0, Type.F16])
+    model, bias = open_gguf_model(source), torch.from_numpy(_values(7, (256,)))
+    grown, odd = torch.from_numpy(_values(8, (20, 256))), torch.from_numpy(_values(9, (2, 33)))
+    changes = [
+        Change("w0.weight", lambda start, stop: grown[start:stop], shape=(20, 256)),
+        Change("w0.bias", lambda start, stop: bias[None][start:stop], shape=(256,), after="w0.weight"),
+        Change("w0.more", lambda start, stop: grown[start:stop], shape=(20, 256), after="w0.weight"),
+        Change("w0.odd", lambda start, stop: odd[start:stop], shape=(2, 33), after="w0.more"),
+    ]
+    rewrite_gguf(model, tmp_path / "out.gguf", changes)
+    before, after = _tensors(source), _tensors(tmp_path / "out.gguf")
+    assert list(after) == ["small0.weight", "w0.weight", "w0.bias", "w0.more", "w0.odd", "small1.weight", "w1.weight"]
+    assert after["w0.weight"].data.tobytes() == gguf.quants.quantize(grown.numpy(), Type.Q8_0).tobytes()
+    assert after["w0.more"].data.tobytes() == after["w0.weight"].data.tobytes()
+    assert list(after["w0.weight"].shape) == [256, 20]
+    assert (after["w0.bias"].data == bias.numpy()).all()
+    assert after["w0.bias"].tensor_type == Type.F32
+    assert after["w0.odd"].data.tobytes() == odd.numpy().astype(np.float16).tobytes()
+    for name in ("small0.weight", "small1.weight", "w1.weight"):
+        assert after[name].data.tobytes() == before[name].data.tobytes()
+    assert rewritten_size(model, changes) == (tmp_path / "out.gguf").stat().st_size
+
+
+def test_keys_can_be_left_out_and_given_as_they_are_stored(tmp_path: Path) -> None:
+    source = _model(tmp_path / "model.gguf", [Type.F16])
+    tokens = entry_bytes("tokenizer.ggml.tokens", texts(["x", "y"]))
+    rewrite_gguf(
+        open_gguf_model(source), tmp_path / "out.gguf", [], added=[("tokenizer.ggml.tokens", tokens)],
+        dropped=["tokenizer.ggml.scores", "x.flags", "no.such"],
+    )  # fmt: skip
+    gone = ("tokenizer.ggml.scores", "x.flags", "tokenizer.ggml.tokens")
+    assert _fields(tmp_path / "out.gguf", without=gone) == _fields(source, without=gone)
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    assert fields["tokenizer.ggml.tokens"].contents() == ["x", "y"]
+    assert "x.flags" not in fields
+
+
+def _imatrix(path: Path, importance: np.ndarray) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("imatrix")
+    writer.add_tensor("w0.weight.in_sum2", np.ascontiguousarray(importance * 3))
+    writer.add_tensor("w0.weight.counts", np.full((len(importance), 1), 3, np.float32))
+    finish(writer)
+    return path
+
+
+@needs_libggml
+@pytest.mark.parametrize("qtype", [Type.IQ2_XXS, Type.IQ2_XS, Type.IQ1_S])
+def test_types_made_for_an_importance_matrix_do_better_with_one_and_do_without(qtype: Type, tmp_path: Path) -> None:
+    """Oracle: the error weighted by the importance, of values that the gguf package reads."""
+    blocks = np.zeros((*_SHAPE[:-1], gguf.GGML_QUANT_SIZES[qtype][1]), np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("w0.weight", blocks, raw_dtype=qtype)
+    finish(writer)
+    model, wanted = open_gguf_model(tmp_path / "model.gguf"), _values(3)
+    importance = np.exp(2 * _values(4, (_SHAPE[0], _SHAPE[2])))
+    flat = torch.from_numpy(wanted).reshape(-1, _SHAPE[-1])
+    change, weighted = Change("w0.weight", lambda start, stop: flat[start:stop]), []
+    for imatrix in (None, _imatrix(tmp_path / "imatrix.gguf", importance)):
+        errors = rewrite_gguf(model, tmp_path / "out.gguf", [change], imatrix=imatrix, force=True)
+        stored = gguf.quants.dequantize(_tensors(tmp_path / "out.gguf")["w0.weight"].data, qtype).reshape(_SHAPE)
+        _assert_error(errors["w0.weight"], wanted, stored)
+        assert errors["w0.weight"].flat == (imatrix is None)
+        weighted.append(float((importance[:, None] * np.square(stored.astype(np.float64) - wanted)).sum()))
+    assert weighted[1] < 0.9 * weighted[0]
+
+
+def test_types_that_only_libggml_writes_are_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("w.weight", np.zeros((2, gguf.GGML_QUANT_SIZES[Type.Q4_K][1]), np.uint8), raw_dtype=Type.Q4_K)
+    finish(writer)
+    model = open_gguf_model(tmp_path / "model.gguf")
+    monkeypatch.setattr(libggml, "library", lambda: None)
+    change = Change("w.weight", lambda start, stop: pytest.fail("was asked for rows"))
+    for attempt in (
+        lambda: rewrite_gguf(model, tmp_path / "out.gguf", [change]),
+        lambda: rewritten_size(model, [change]),
+    ):
+        with pytest.raises(UnsupportedError, match=r"w\.weight.*Q4_K.*install llama-cpp-python.*--outtype"):
+            attempt()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
