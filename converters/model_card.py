@@ -38,6 +38,31 @@ class CardInput:
 
 
 @dataclass(frozen=True)
+class Section:
+    """A part of the body: paragraphs, then a list, then a table.
+
+    Attributes:
+        columns: the table's heads; without them there is none.
+        rows: its cells, as many in each as there are columns.
+    """
+
+    heading: str
+    paragraphs: Sequence[str] = ()
+    items: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+    def lines(self) -> Iterator[str]:
+        yield from (f"## {escaped(self.heading)}", "")
+        for paragraph in self.paragraphs:
+            yield from (escaped(paragraph), "")
+        if self.items:
+            yield from (*(f"- {escaped(item)}" for item in self.items), "")
+        if self.columns:
+            yield from (_row(self.columns), f"|{'---|' * len(self.columns)}", *map(_row, self.rows), "")
+
+
+@dataclass(frozen=True)
 class ModelCard:
     """What is to be said of a model or an adapter.
 
@@ -46,9 +71,11 @@ class ModelCard:
         description: a sentence or two on what was done.
         license: an identifier, as its source gives it; `other` has a name and a link.
         base_models: what it was made from; those that are no repositories are left out.
+        relation: to them, as hubs call it: adapter, finetune, merge, quantized.
         datasets, languages: as its source gives them.
         library: what hubs load it with: `transformers`, `peft`.
         facts: the settings, in order.
+        sections: what else is to be told, before the notes.
         inputs: what it was made from.
         invocation: the command line, see `command_line`.
         notes: a sentence each.
@@ -61,11 +88,13 @@ class ModelCard:
     license_name: str | None = None
     license_link: str | None = None
     base_models: Sequence[str] = ()
+    relation: str | None = None
     tags: Sequence[str] = ()
     datasets: Sequence[str] = ()
     languages: Sequence[str] = ()
     library: str | None = None
     facts: Mapping[str, Fact] = field(default_factory=dict)
+    sections: Sequence[Section] = ()
     inputs: Sequence[CardInput] = ()
     invocation: str | None = None
     notes: Sequence[str] = ()
@@ -83,6 +112,7 @@ class ModelCard:
             "license_name": self.license_name,
             "license_link": self.license_link,
             "base_model": repositories[0] if len(set(repositories)) == 1 else repositories,
+            "base_model_relation": self.relation if repositories else None,
             "tags": self.tags,
             "datasets": self.datasets,
             "language": self.languages,
@@ -99,16 +129,16 @@ class ModelCard:
         if self.invocation is not None:
             yield from ("Made with:", "", *_fenced([self.invocation]), "")
         if self.inputs:
-            yield from ("## Inputs", "", "| input | name | format | fingerprint |", "|---|---|---|---|")
-            for one in self.inputs:
-                yield f"| {' | '.join(map(escaped, (one.role, one.name, one.format, one.fingerprint)))} |"
-            yield ""
+            rows = [(one.role, one.name, one.format, one.fingerprint) for one in self.inputs]
+            yield from Section("Inputs", columns=("input", "name", "format", "fingerprint"), rows=rows).lines()
         if self.facts:
             yield from ("## Settings", "")
             yield from (f"- {escaped(key)}: {escaped(fact_text(value))}" for key, value in self.facts.items())
             yield ""
+        for section in self.sections:
+            yield from section.lines()
         if self.notes:
-            yield from ("## Notes", "", *(f"- {escaped(note)}" for note in self.notes), "")
+            yield from Section("Notes", items=self.notes).lines()
         if self.usage:
             yield from ("## Use", "", *_fenced(self.usage), "")
 
@@ -119,7 +149,17 @@ def command_line(arguments: Sequence[str]) -> str:
     Of an absolute path only the last part is kept (of one in the hub's cache, the repository): a shell makes one of
     `~/model` before anybody sees it, and nobody else has that directory. What is not printable is spelled for bash.
     """
-    return " ".join(_shell_word(_without_directory(argument)) for argument in arguments)
+    return " ".join(shell_word(_without_directory(argument)) for argument in arguments)
+
+
+def shell_word(argument: str) -> str:
+    """`shlex.quote`, but for what would not be seen or would break the line: that takes the $'...' of bash and zsh."""
+    if argument.isprintable():
+        return shlex.quote(argument)
+    letters = (
+        f"\\{letter}" if letter in "\\'" else letter if letter.isprintable() else _ansi_c(letter) for letter in argument
+    )
+    return f"$'{''.join(letters)}'"
 
 
 def fact_text(value: Fact) -> str:
@@ -136,6 +176,10 @@ def escaped(text: str) -> str:
     return _LEADING.sub(r"\1\\", line)  # lists, and the lines under headings
 
 
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(escaped, cells))} |"
+
+
 def _quoted(text: str) -> str:
     """A YAML string on one line, in double quotes, whatever is in it."""
     text = text.encode(errors="replace").decode()  # half a surrogate pair is legal in YAML and in no file
@@ -149,16 +193,6 @@ def _fenced(lines: Sequence[str]) -> list[str]:
     longest = max((len(run) for line in shown for run in re.findall("`+", line)), default=0)
     fence = "`" * max(3, longest + 1)
     return [f"{fence}sh", *shown, fence]
-
-
-def _shell_word(argument: str) -> str:
-    """`shlex.quote`, but for what would not be seen or would break the line: that takes the $'...' of bash and zsh."""
-    if argument.isprintable():
-        return shlex.quote(argument)
-    letters = (
-        f"\\{letter}" if letter in "\\'" else letter if letter.isprintable() else _ansi_c(letter) for letter in argument
-    )
-    return f"$'{''.join(letters)}'"
 
 
 def _ansi_c(letter: str) -> str:

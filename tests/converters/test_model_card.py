@@ -8,55 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 import yaml
+from hostile_texts import HOSTILE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from converters.model_card import CardInput, ModelCard, command_line, escaped
-
-HOSTILE = [
-    "a \"quoted\" 'name'",
-    "two\nlines",
-    "end\n---\n# of the header",
-    "\n---\n",
-    "---",
-    "===",
-    "a\u2028b\u2029c\x85d",
-    "\ufeffmarked",
-    "no",
-    "null",
-    "1.5",
-    "key: value # comment",
-    "- item",
-    "1. item",
-    "12) item",
-    "+ item",
-    "-",
-    "+",
-    "7.",
-    "- - -",
-    "--",
-    "=",
-    ": term",
-    "# heading",
-    "    code",
-    "> quote",
-    "```\nfence",
-    "~~~",
-    "`code`",
-    "*loud* __very__ ~~gone~~",
-    "[link](http://e.example) ![picture](x.png) <http://e.example>",
-    "[ref]: http://e.example",
-    "<script>alert(1)</script> <!-- hidden -->",
-    "&lt;b&gt; &#35;",
-    "a | b |",
-    "ends with \\",
-    "\\",
-    "emoji \U0001f600, \u0416, \u4e2d",
-    "\u001b[31mred\u202e",
-    "x" * 5000,
-]
+from converters.model_card import CardInput, ModelCard, Section, command_line, escaped
 
 
 def header_and_body(markdown: str) -> tuple[dict[str, object], str]:
@@ -78,6 +36,7 @@ def card(text: str) -> ModelCard:
         languages=["no", text],
         library="transformers",
         facts={text: text, "several": [text, "b"], "rank": 6},
+        sections=[Section(text, [text], [text, "plain"], [text, "b"], [(text, "1"), ("2", text)])],
         inputs=[CardInput(text, text, text, text)],
         invocation=text,
         notes=[text, "plain"],
@@ -147,6 +106,19 @@ def test_repositories_alone_are_base_models() -> None:
     assert header == {"base_model": "org/base"}
     header, _ = header_and_body(ModelCard("t", "d", base_models=["a/b", "c/d"]).to_markdown())
     assert header == {"base_model": ["a/b", "c/d"]}
+
+
+def test_the_relation_needs_a_base_model() -> None:
+    header, _ = header_and_body(ModelCard("t", "d", base_models=["a/b"], relation="merge").to_markdown())
+    assert header == {"base_model": "a/b", "base_model_relation": "merge"}
+    header, _ = header_and_body(ModelCard("t", "d", base_models=["/home/me/x"], relation="merge").to_markdown())
+    assert header is None
+
+
+def test_a_section_has_its_parts_in_order() -> None:
+    section = Section("Head", ["one", "two"], ["item"], ["a", "b"], [("1", "2"), ("3", "4")])
+    _, body = header_and_body(ModelCard("t", "d", sections=[section], notes=["last"]).to_markdown())
+    assert shown(body) == ["t", "d", "Head", "one", "two", "item", "a", "b", "1", "2", "3", "4", "Notes", "last"]
 
 
 def test_a_card_that_says_little() -> None:
