@@ -32,3 +32,16 @@ def ahead(pieces: Iterator[T], depth: int, step: Callable[[Iterator[T], T], T] =
                 del piece  # or two would be held while the next is waited for
         finally:
             executor.shutdown(cancel_futures=True)
+
+
+def in_mode() -> Callable[[Iterator[T], T], T]:
+    """A step in the caller's inference mode, which torch keeps for each thread: tensors belong to theirs."""
+    import torch
+
+    mode = torch.is_inference_mode_enabled()
+
+    def step(pieces: Iterator[T], end: T) -> T:
+        with torch.inference_mode(mode):
+            return next(pieces, end)
+
+    return step

@@ -25,6 +25,7 @@ class Change:
         shape: the new shape, if it is not the stored one.
         qtype: ggml's number of the type to store it in, if it is not the stored one; for GGUF alone.
         after: for a tensor that the model did not have: the one that it follows, and is stored like.
+        copy_of: the stored tensor whose values these are: as long as the type stays, its bytes are copied.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Change:
     shape: tuple[int, ...] | None = None
     qtype: int | None = None
     after: str | None = None
+    copy_of: str | None = None
 
 
 @dataclass(frozen=True)

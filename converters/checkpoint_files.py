@@ -24,10 +24,12 @@ _WEIGHTS = (
     ".engine", ".mlmodel", ".incomplete",
 )  # fmt: skip
 _KEPT_THOUGH_HIDDEN = ".gitattributes"  # says which files a hub stores apart
+_TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json",
+    "spiece.model", "sentencepiece*.model", "chat_template*",
+)  # fmt: skip
 _BESIDE_ONE_FILE = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.tiktoken", "tekken.json", "spiece.model", "sentencepiece*.model", "chat_template*", "preprocessor_config.json",
-    "processor_config.json", "LICENSE*", "NOTICE*",
+    *_TOKENIZER, "generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 
@@ -85,6 +87,22 @@ def _companions(source: Checkpoint, directory: Path) -> Companions:
         copied |= found.copied
         left_out += found.left_out
     return Companions(_renamed(copied), tuple(left_out))
+
+
+def with_tokenizer(companions: Companions, directory: Path) -> Companions:
+    """The same with a tokenizer's files from another directory, which take the place of those of the same names.
+
+    Those that the other directory lacks stay: its vocabulary continues the old one, and a template it may not have.
+
+    Raises:
+        FileMissingError: the directory can't be looked into.
+    """
+    try:
+        entries = sorted(entry for entry in directory.iterdir() if any(map(entry.match, _TOKENIZER)))
+        found = {entry.name: entry for entry in entries if not _is_directory(entry) and _goes_along(entry, directory)}
+    except OSError as error:
+        raise FileMissingError(f"can't be looked into: {system_reason(error)}", file=directory) from None
+    return Companions({**companions.copied, **found}, companions.left_out)
 
 
 def is_weights(name: str) -> bool:

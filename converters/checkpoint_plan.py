@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 from converters.atomic import check_target, entries_to_replace, refuse_to_discard, refuse_to_swallow
+from converters.changes import Change, Edits
 from converters.checkpoint import INDEX, Checkpoint
-from converters.checkpoint_files import Companions, companions_of, is_weights
+from converters.checkpoint_files import Companions, companions_of, is_weights, with_tokenizer
 from converters.errors import OutputPathError, UnsupportedError, UsageError
 from converters.paths import resolved
 from converters.safetensors_file import SafetensorsFile
@@ -28,7 +30,7 @@ class Shard:
 
     Attributes:
         name: what it is called in the output.
-        infos: its tensors in their order, as they will be stored.
+        infos: its tensors in their order, as they will be stored, those that are new included.
         changed: those of them that get new values.
     """
 
@@ -43,10 +45,12 @@ class CheckpointPlan:
     """What a rewritten checkpoint will hold, from headers alone.
 
     Attributes:
+        edits: in what it differs from the source.
         dtype: what all its floating tensors become; None where each keeps its own.
     """
 
     source: Checkpoint
+    edits: Edits
     shards: tuple[Shard, ...]
     companions: Companions
     dtype: str | None
@@ -65,28 +69,45 @@ class CheckpointPlan:
         """Files and subdirectories of the source that stay behind, for a note."""
         return self.companions.left_out
 
+    @property
+    def added(self) -> Mapping[str, str]:
+        """The tensors that the source has not, and the file that each is in."""
+        return {name: shard.name for shard in self.shards for name in shard.changed if name not in shard.file.infos}
 
-def plan_checkpoint(source: Checkpoint, changed: Collection[str], *, outtype: str | None = None) -> CheckpointPlan:
-    """Checks that a checkpoint can be written again with these tensors changed.
+
+def plan_checkpoint(source: Checkpoint, edits: Edits | None = None, *, outtype: str | None = None) -> CheckpointPlan:
+    """Checks that a checkpoint can be written again with these edits.
 
     Args:
-        changed: names of tensors of the source.
         outtype: f32, f16 or bf16 for all floating tensors; None: each keeps its type.
 
     Raises:
         UsageError: an unknown type.
         UnsupportedError: a changed tensor is not stored as plain floats; or with an outtype, the model is quantized.
-        FileMissingError: the source's directory can't be looked into.
+        FileMissingError: the source's directory, or the new tokenizer's, can't be looked into.
     """
+    edits = edits or Edits()
     if outtype is not None and outtype not in OUTTYPES:
         raise UsageError(f"unknown outtype {outtype!r}; a safetensors model can be {', '.join(OUTTYPES)}")
-    for name in changed:
-        source.check_type(name)
+    for name, change in edits.changes.items():
+        source.check_type(name if name in source.infos else _origin(source, change, edits))
     dtype = None if outtype is None else OUTTYPES[outtype]
     if dtype is not None:
         _refuse_quantized(source)
-    shards = tuple(_shard(source, file, changed, dtype) for file in source.files)
-    return CheckpointPlan(source, shards, companions_of(source), dtype)
+    shards = tuple(_shard(source, file, edits, dtype) for file in source.files)
+    companions = companions_of(source)
+    if edits.tokenizer is not None:
+        companions = with_tokenizer(companions, edits.tokenizer)
+    return CheckpointPlan(source, edits, shards, companions, dtype)
+
+
+def _origin(source: Checkpoint, change: Change, edits: Edits) -> str:
+    """The source's tensor that a new one follows, maybe after others."""
+    name = change.after
+    while name is not None and name not in source.infos:
+        name = edits.changes[name].after
+    assert name is not None, f"the model has no {change.name}, and nothing says after what it comes"
+    return name
 
 
 def check_model_directory(plan: CheckpointPlan, target: Path, inputs: Sequence[Path] = (), *, force: bool) -> None:
@@ -108,11 +129,33 @@ def check_model_directory(plan: CheckpointPlan, target: Path, inputs: Sequence[P
     _refuse_to_discard(plan, target)
 
 
-def _shard(source: Checkpoint, file: SafetensorsFile, changed: Collection[str], dtype: str | None) -> Shard:
-    infos = {name: _retyped(info, dtype) for name, info in file.infos.items()}
-    # A second tensor of the name, in a shard that the index doesn't give it to, stays what it is.
-    ours = frozenset(name for name in infos if name in changed and source.file_of(name) == file.path)
-    return Shard(file, file.path.name if source.path.is_dir() else "model.safetensors", infos, ours)
+def _shard(source: Checkpoint, file: SafetensorsFile, edits: Edits, dtype: str | None) -> Shard:
+    infos: dict[str, TensorInfo] = {}
+    changed = set()
+    for name, info in file.infos.items():
+        # A second tensor of the name, in a shard that the index doesn't give it to, stays what it is.
+        ours = name in source.infos and source.file_of(name) == file.path
+        change = edits.changes.get(name) if ours else None
+        infos[name] = _retyped(info if change is None else _as_changed(info, change), dtype)
+        changed |= {name} if change else set()
+        for new in _following(name, edits, source) if ours else ():
+            infos[new.name] = _retyped(_as_changed(replace(info, name=new.name), new), dtype)
+            changed.add(new.name)
+    name = file.path.name if source.path.is_dir() else "model.safetensors"
+    return Shard(file, name, infos, frozenset(changed))
+
+
+def _following(name: str, edits: Edits, source: Checkpoint) -> Iterator[Change]:
+    """The new tensors that come after one, and those that come after these."""
+    for change in edits.changes.values():
+        if change.after == name and change.name not in source.infos:
+            yield change
+            yield from _following(change.name, edits, source)
+
+
+def _as_changed(info: TensorInfo, change: Change) -> TensorInfo:
+    shape = info.shape if change.shape is None else change.shape
+    return replace(info, shape=shape, nbytes=prod(shape) * _ITEM[info.dtype])
 
 
 def _retyped(info: TensorInfo, dtype: str | None) -> TensorInfo:

@@ -4,7 +4,7 @@ read."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 _PACKED = "_blocks"  # MXFP4's
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True)
@@ -175,19 +176,34 @@ class ConvertedModel:
         return {found.name for stem in stems for found in table.to_gguf(stem)}
 
     def _info(self, name: str, place: _Place) -> TensorInfo:
-        """The tensor as it will be; its type and size are still the stored ones."""
+        """The tensor as it will be; its type and size are still the stored ones. Experts of several types have one that
+        holds them all."""
         infos = [self._model.infos[own] for own in place.stored]
         outer = () if place.experts is None else (place.experts,)
         shape = infos[0].shape[1:] if place.experts and len(infos) == 1 else infos[0].shape
-        if any(info.shape != infos[0].shape or info.dtype != infos[0].dtype for info in infos):
-            raise FormatError("is not like the other experts", file=self.file_of(name), tensor=place.stored[-1])
+        dtype = self._common_type(infos)
         try:
             matrix = place.rule.weight_shape(shape, self._bridge.heads)
         except FormatError as error:
             raise FormatError(error.message, file=self.file_of(name), tensor=place.stored[0]) from None
         before, after = math.prod(shape), math.prod(matrix)
         size = sum(info.nbytes for info in infos) * after // max(before, 1)
-        return TensorInfo(name, outer + matrix, infos[0].dtype, size)
+        return TensorInfo(name, outer + matrix, dtype, size)
+
+    def _common_type(self, infos: Sequence[TensorInfo]) -> str:
+        """The type of all experts' matrices, or one that holds them all.
+
+        Raises:
+            FormatError: they differ in shape, or are not all plain floats.
+        """
+        types = {info.dtype for info in infos}
+        for info in infos:
+            if info.shape != infos[0].shape or (len(types) > 1 and not types <= _FLOATS):
+                told, first = (f"{one.dtype} {list(one.shape)}" for one in (info, infos[0]))
+                if told != first:
+                    found = f"is {told}, and {infos[0].name} is {first}: experts must be alike"
+                    raise FormatError(found, file=self._model.file_of(info.name), tensor=info.name)
+        return infos[0].dtype if len(types) == 1 else "F64" if "F64" in types else "F32"
 
     def _some_rows(self, name: str, number: int, start: int, stop: int) -> torch.Tensor:
         """Rows of one matrix; one that has to be reordered as a whole is kept until another one is asked for."""

@@ -41,7 +41,7 @@ class ConfiguredModel:
 
     @property
     def tied_embeddings(self) -> bool:
-        """What the configuration says; transformers leaves the key out where it is true."""
+        """What the configuration says, or what most models do whose configuration may leave it out."""
         return ties_of(self._config) is not False
 
     @property

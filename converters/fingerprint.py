@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+from converters.copying import begin_flush
 from converters.errors import FileMissingError, system_reason
 from converters.gguf_header import read_gguf_header
 from converters.gguf_metadata import GgufHeader
@@ -16,6 +18,9 @@ from converters.safetensors_file import SafetensorsFile
 _HEAD = 4096
 _CHUNK = 1 << 20
 _WORTHWHILE = 16 << 20  # bytes
+_BEHIND = 1 << 18  # bytes that are read again at a time: they stay in the processor's cache
+_STRIDE = 64 << 20  # bytes after which those that are written are sent to the device
+_MOST_KNOWN = 4096  # files
 
 
 def fingerprint(files: Iterable[SafetensorsFile], extra: bytes = b"") -> str:
@@ -80,8 +85,7 @@ def hashed_meanwhile(path: Path) -> Iterator[None]:
     def compute() -> None:
         with contextlib.suppress(OSError):  # then whoever asks computes it
             found = sha256_file(path)
-            _known.clear()
-            _known[_identity(path)] = found
+            _remember(path, found)
 
     thread = threading.Thread(target=compute)
     thread.start()
@@ -91,8 +95,87 @@ def hashed_meanwhile(path: Path) -> Iterator[None]:
         thread.join()
 
 
+@contextlib.contextmanager
+def hashed_behind(file: BinaryIO, size: int) -> Iterator[Callable[[int], None]]:
+    """Computes a file's sha256 while it is written from front to back, in a thread that reads behind the writing; for
+    whoever asks next, under any name. The thread also has the system begin to bring the file to its device.
+
+    Gives what is to be called with a number of bytes, from the first on, that are written; they are flushed then.
+
+    Args:
+        size: about what it will have: a small file is read again at once.
+    """
+    if size < _WORTHWHILE:
+        yield _nothing
+        return
+    behind = _Behind(Path(file.name))
+    behind.start()
+    try:
+        yield lambda count: _told(file, behind, count)
+        _told(file, behind, file.tell())
+    finally:
+        behind.stop()
+    if behind.hashed == behind.path.stat().st_size:
+        _remember(behind.path, behind.digest.hexdigest())
+
+
+class _Behind(threading.Thread):
+    """Reads what is written of a file, until it is stopped."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(name="hash")
+        self.path, self.digest, self.hashed = path, hashlib.sha256(), 0
+        self._written, self._stopped, self._change = 0, False, threading.Condition()
+
+    def written(self, count: int) -> None:
+        with self._change:
+            self._written = count
+            self._change.notify()
+
+    def stop(self) -> None:
+        """Waits until it has read what was written."""
+        with self._change:
+            self._stopped = True
+            self._change.notify()
+        self.join()
+
+    def run(self) -> None:
+        buffer, sent = memoryview(bytearray(_BEHIND)), 0
+        with contextlib.suppress(OSError), self.path.open("rb", buffering=0) as stream:  # then whoever asks computes it
+            while (ready := self._ready()) > self.hashed:
+                while self.hashed < ready and (count := stream.readinto(buffer[: ready - self.hashed])):
+                    self.digest.update(buffer[:count])
+                    self.hashed += count
+                if self.hashed < ready:
+                    return
+                if ready - sent >= _STRIDE:
+                    begin_flush(stream, sent, ready - sent)
+                    sent = ready
+
+    def _ready(self) -> int:
+        """How many bytes are written, once there are more than are hashed; or no more will come."""
+        with self._change:
+            self._change.wait_for(lambda: self._written > self.hashed or self._stopped)
+            return self._written
+
+
+def _told(file: BinaryIO, behind: _Behind, count: int) -> None:
+    file.flush()
+    behind.written(count)
+
+
+def _nothing(count: int) -> None:
+    """For a file that nobody hashes yet."""
+
+
 _known: dict[tuple[int, ...], str] = {}
-"""Of the file that was written last, if it was large."""
+"""Of files that were written and not asked for yet."""
+
+
+def _remember(path: Path, found: str) -> None:
+    while len(_known) >= _MOST_KNOWN:
+        del _known[next(iter(_known))]
+    _known[_identity(path)] = found
 
 
 def _identity(path: Path) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ formula adds to a product, the product is exact in float32, so that it does not 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -187,20 +186,24 @@ def _which_libggml(does: str) -> str:
 
 def _quantize_q8_0(tensor: torch.Tensor) -> bytes:
     """The one quantized type that is stored whatever the values are, which callers then see in its error."""
+    from converters.in_cache import is_finite
+
     library = _library_for(QType.Q8_0, TENSOR_TYPES[QType.Q8_0])
-    if library is None or not library.quantizes(QType.Q8_0) or not tensor.numel() or not _is_finite(tensor):
+    if library is None or not library.quantizes(QType.Q8_0) or not tensor.numel() or not is_finite(tensor):
         return bytes(quants.quantize(tensor.numpy(), QType.Q8_0).tobytes())
     return _quantize_natively(tensor, QType.Q8_0, TENSOR_TYPES[QType.Q8_0], library, None)
 
 
 def _quantize(tensor: torch.Tensor, qtype: int, importance: torch.Tensor | None) -> bytes:
+    from converters.in_cache import is_finite
+
     kind = block_of(qtype)
     if kind is None:
         raise UnsupportedError(unknown_type(qtype))
     assert tensor.shape[-1] % kind.block == 0, f"{tuple(tensor.shape)} is no whole number of {kind.name} blocks"
     if not tensor.numel():
         return b""
-    if not _is_finite(tensor):  # libggml aborts the process on some
+    if not is_finite(tensor):  # libggml aborts the process on some
         raise UnsupportedError(f"holds values that are not finite, which {kind.name} can't store")
     library = _library_for(qtype, kind)
     if library is None or not library.quantizes(qtype):
@@ -208,12 +211,6 @@ def _quantize(tensor: torch.Tensor, qtype: int, importance: torch.Tensor | None)
     if importance is None and library.requires_importance(qtype):
         raise UnsupportedError(f"can't be stored as {kind.name} without an importance matrix: choose another type")
     return _quantize_natively(tensor, qtype, kind, library, importance)
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values, at least one, are finite numbers: in one pass, without a tensor of answers."""
-    least, most = tensor.aminmax()
-    return math.isfinite(float(least)) and math.isfinite(float(most))
 
 
 def _quantize_natively(

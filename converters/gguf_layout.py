@@ -120,12 +120,31 @@ def planned_files(
         return [whole]
     if len(parts) > MAX_SHARDS:
         raise UsageError(f"{split_max_size} bytes a file make {len(parts)} files of it; at most {MAX_SHARDS} are read")
-    files = []
+    files = list[FilePlan]()
     for number, part in enumerate(parts):
         own = [*(entries if number == 0 else ()), *_shard_entries(number, len(parts), len(tensors))]
         name = shard_name(target, number + 1, len(parts))
         files.append(_file(name, own, part, _PLAIN_ALIGNMENT if number else alignment))
     return files
+
+
+def check_split(entries: Sequence[Entry], limit: int) -> None:
+    """Raises UsageError: the metadata alone is more than `limit` bytes, and all of it stands in the first file."""
+    size = sum(len(data) for _, data in entries)
+    if size > limit:
+        raise UsageError(f"{limit:,} bytes a file are too few: its metadata, which is in the first one, takes {size:,}")
+
+
+def oversized(plans: Sequence[FilePlan], limit: int) -> list[str]:
+    """What is to be said of shards that are larger than `limit` bytes, since they have a single tensor."""
+    large = [plan for plan in plans if plan.nbytes > limit]
+    if not large:
+        return []
+    largest, verb = max(large, key=lambda plan: plan.nbytes), "is" if len(large) == 1 else "are"
+    return [
+        f"{len(large)} of {len(plans)} files {verb} larger than {limit:,} bytes, since no tensor is cut: the largest, "
+        f"with {largest.tensors[0].name}, has {largest.nbytes:,}"
+    ]
 
 
 def _parts(

@@ -121,8 +121,12 @@ def rewritten_parts(
     parts = gguf_parts(model.headers)
     tensors = list(_with_new(parts.tensors, by_name))
     assert not by_name.keys() - {tensor.name for tensor in tensors}, f"changes of no tensor: {list(by_name)}"
+    stored = {tensor.name: tensor for tensor in parts.tensors}
     tensors = [
-        _changed(model, tensor, by_name[tensor.name], weights, imatrix) if tensor.name in by_name else tensor
+        _copied(tensor, by_name[tensor.name], stored)
+        or _changed(model, tensor, by_name[tensor.name], weights, imatrix)
+        if tensor.name in by_name
+        else tensor
         for tensor in tensors
     ]
     _check_types(tensors)
@@ -165,6 +169,16 @@ def _with_new(tensors: Sequence[ModelTensor], changes: Mapping[str, Change]) -> 
             qtype = QType.F32 if len(change.shape) == 1 else tensor.qtype
             qtype = qtype if fits(change.shape, qtype) else QType.F16
             waiting.append(replace(tensor, name=change.name, shape=change.shape, qtype=qtype))
+
+
+def _copied(tensor: ModelTensor, change: Change, stored: Mapping[str, ModelTensor]) -> ModelTensor | None:
+    """A change that has the values of a stored tensor, where it is to be stored alike."""
+    if change.copy_of is None:
+        return None
+    source = stored[change.copy_of]
+    shape = tensor.shape if change.shape is None else change.shape
+    qtype = tensor.qtype if change.qtype is None else change.qtype
+    return replace(source, name=tensor.name) if (source.shape, source.qtype) == (shape, qtype) else None
 
 
 def _changed(

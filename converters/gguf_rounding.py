@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import numpy as np
+
 from converters.errors import FormatError, MismatchError, UnsupportedError
-from converters.ggml import QType, block_of, decode, encode
+from converters.ggml import QType, block_of, dequantize, encode
 from converters.gguf_layout import ModelTensor, Rounded
 from converters.tensors import matrices_within
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from numpy.typing import NDArray
 
 _ELEMENTS = 1 << 21  # of a tensor that are held at once: 8 MB in float32
-_SERIAL = 1 << 15  # elements, so few that torch takes one thread: on a busy machine several wait long for each other
-_SAFE_SQUARES = (1e-20, 1e30)  # sums in float32 that have lost nothing to its range
 _LARGE = 1e9  # beyond what the 16-bit scales of the types with a grid can express, on which libggml aborts
 _MOST_IMPORTANT = 1e12  # activations are far below a million
 _EMBEDDING = "token_embd.weight"
@@ -99,7 +98,7 @@ def column_importance(
     return importance
 
 
-def rounded_pieces(tensor: ModelTensor) -> Generator[bytes, None, StoredError]:
+def rounded_pieces(tensor: ModelTensor) -> Generator[memoryview, None, StoredError]:
     """The stored bytes of a tensor's values, piece after piece, and in the end what its type cost it.
 
     Values that come in the stored type, or in a type that float32 holds, are not looked at: they are exact.
@@ -111,14 +110,15 @@ def rounded_pieces(tensor: ModelTensor) -> Generator[bytes, None, StoredError]:
     columns = tensor.shape[-1] if tensor.shape else 1
     count, step = prod(tensor.shape[:-1]), max(1, _ELEMENTS // max(1, columns))
     off = size = 0.0
+    room = _Room()
     for start in range(0, count, step):
         shape = (min(step, count - start), columns)
         values = tensor.data.rows(start, start + shape[0]).cpu()
         assert values.shape == shape, f"{tensor.name}: {tuple(values.shape)} for {shape}"
         if _is_exact(values.dtype, tensor.qtype):
-            yield _bytes(values.float() if tensor.qtype == QType.F32 else values)
+            yield _exact(values, tensor.qtype)
             continue
-        data, lost, square = _stored(values, start, tensor)
+        data, lost, square = _stored(values, start, tensor, room)
         off, size = off + lost, size + square
         del values
         yield data
@@ -127,55 +127,63 @@ def rounded_pieces(tensor: ModelTensor) -> Generator[bytes, None, StoredError]:
     )
 
 
-def _stored(values: torch.Tensor, start: int, tensor: ModelTensor) -> tuple[bytes, float, float]:
+@dataclass
+class _Room:
+    """Memory that a tensor's pieces take one after the other: new pages cost more than the arithmetic."""
+
+    wanted: torch.Tensor | None = None
+    again: torch.Tensor | None = None
+
+    def of(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        import torch
+
+        found: torch.Tensor | None = getattr(self, name)
+        if found is None:
+            found = torch.empty(shape)
+            setattr(self, name, found)
+        return found[: shape[0]]
+
+
+def _exact(values: torch.Tensor, qtype: int) -> memoryview:
+    """A copy: the next rows may come in the same memory."""
+    import torch
+
+    from converters.in_cache import copied
+
+    return _view(copied(values, torch.empty(values.shape, dtype=torch.float32 if qtype == QType.F32 else values.dtype)))
+
+
+def _stored(values: torch.Tensor, start: int, tensor: ModelTensor, room: _Room) -> tuple[memoryview, float, float]:
     """Rows from `start` on as stored bytes; ||stored - wanted||_F^2, and ||wanted||_F^2."""
     import torch
 
+    from converters import in_cache
+
     shape, qtype = tuple(values.shape), tensor.qtype
-    if qtype in (QType.F16, QType.BF16):
-        return _halved(values, tensor)
-    wanted = values.to(torch.float32)
-    square = sum(_checked_square(wanted[some], tensor) for some in _serial(shape))
-    if qtype == QType.F32:
-        return _bytes(wanted), 0.0, square
-    data = _encoded_rows(wanted, start, tensor)
-    again = decode(data, shape, qtype)
-    lost = sum(_square(again[some].sub_(wanted[some])) for some in _serial(shape))
+    floats = {QType.F32: torch.float32, QType.F16: torch.float16, QType.BF16: torch.bfloat16}
+    if qtype in floats:
+        half = torch.empty(shape, dtype=floats[QType(qtype)])
+        lost, square = in_cache.rounded(values.float() if values.dtype == torch.float64 else values, half)
+        _check_square(square, values, tensor)
+        data = _view(half)
+    else:
+        own = values.dtype == torch.float32 and values.is_contiguous()
+        wanted = values if own else room.of("wanted", shape)
+        square = in_cache.widened(values, wanted)
+        _check_square(square, wanted, tensor)
+        blocks = _encoded_rows(wanted, start, tensor)
+        again = dequantize(np.frombuffer(blocks, np.uint8).reshape(shape[0], -1), qtype, room.of("again", shape))
+        lost, data = in_cache.lost(again, wanted), memoryview(blocks)
     if not math.isfinite(lost):
-        _refuse_large(tensor, wanted)
+        _refuse_large(tensor, values)
     return data, lost, square
 
 
-def _halved(values: torch.Tensor, tensor: ModelTensor) -> tuple[bytes, float, float]:
-    """The same for the float types of 16 bits, in pieces so small that they stay in the processor's cache."""
-    import torch
-
-    data, lost, size = [], 0.0, 0.0
-    for some in _serial(values.shape):
-        wanted = values[some].to(torch.float32)
-        square = _checked_square(wanted, tensor)
-        half = wanted.to(torch.float16 if tensor.qtype == QType.F16 else torch.bfloat16)
-        off = _square(half.to(torch.float32).sub_(wanted))
-        if not math.isfinite(off):
-            _refuse_large(tensor, wanted)
-        data.append(_bytes(half))
-        lost, size = lost + off, size + square
-    return b"".join(data), lost, size
-
-
-def _serial(shape: tuple[int, ...]) -> Iterator[slice]:
-    """The rows of a matrix, a few at a time."""
-    step = max(1, _SERIAL // max(1, shape[-1]))
-    return (slice(start, start + step) for start in range(0, shape[0], step))
-
-
-def _checked_square(wanted: torch.Tensor, tensor: ModelTensor) -> float:
-    square = _square(wanted)
+def _check_square(square: float, wanted: torch.Tensor, tensor: ModelTensor) -> None:
     if not math.isfinite(square):
         _refuse_no_numbers(tensor)
     if square > _LARGE**2 and _type_name(tensor).startswith("IQ") and float(wanted.abs().max()) > _LARGE:
         _refuse_large(tensor, wanted)
-    return square
 
 
 def _is_exact(dtype: torch.dtype, qtype: int) -> bool:
@@ -185,12 +193,11 @@ def _is_exact(dtype: torch.dtype, qtype: int) -> bool:
     return dtype in halves and qtype in (halves[dtype], QType.F32)
 
 
-def _bytes(values: torch.Tensor) -> bytes:
-    """A copy: the next rows may come in the same memory."""
+def _view(values: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor."""
     import torch
 
-    flat = values.contiguous()
-    return (flat if flat.dtype == torch.float32 else flat.view(torch.int16)).numpy().tobytes()
+    return values.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _encoded_rows(wanted: torch.Tensor, start: int, tensor: ModelTensor) -> bytes:
@@ -217,17 +224,6 @@ def _encoded(wanted: torch.Tensor, tensor: ModelTensor, importance: torch.Tensor
         return encode(wanted, tensor.qtype, importance)
     except UnsupportedError as error:
         raise UnsupportedError(error.message, file=tensor.origin, tensor=tensor.name) from None
-
-
-def _square(values: torch.Tensor) -> float:
-    """||values||_F^2 for a matrix; not finite where a value is not."""
-    import torch
-
-    norms = torch.linalg.vector_norm(values, dim=-1).double()  # in float64 from the start it takes sixty times as long
-    total = float(norms.square().sum())
-    if _SAFE_SQUARES[0] < total < _SAFE_SQUARES[1]:
-        return total
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def _type_name(tensor: ModelTensor) -> str:

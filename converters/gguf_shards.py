@@ -47,8 +47,10 @@ def read_gguf_headers(path: str | Path, what: str = "GGUF file") -> tuple[GgufHe
         return (first,)
     if count > MAX_SHARDS:
         raise FormatError(f"claims to be split into {count} files; at most {MAX_SHARDS} are read", file=path)
-    if first.value("split.no") != 0:
-        raise FormatError(f"is shard {first.value('split.no')} of {count}; name the first shard", file=path)
+    place = first.value("split.no")
+    if place != 0:
+        told = f"is shard {place + 1} of {count}" if type(place) is int else f"is one of {count} shards"
+        raise FormatError(f"{told}; name the first shard", file=path)
     match = _NAME.fullmatch(first.path.name)
     if match is None or (int(match["number"]), int(match["count"])) != (1, count):
         raise FormatError(f"is split into {count} files, so its name must end in -00001-of-{count:05}.gguf", file=path)

@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from converters.ahead import ahead
+from converters.ahead import ahead, in_mode
 from converters.atomic import atomic_file, check_target, refuse_to_overwrite
 from converters.atomic_files import atomic_files, check_files
 from converters.copying import copy_range
 from converters.errors import FileMissingError, FormatError, system_reason
+from converters.fingerprint import hashed_behind
 from converters.gguf_layout import Entry, FilePlan, ModelTensor, Rounded, Stored, padded, planned_files
 from converters.gguf_rounding import StoredError, check_types, rounded_pieces
 from converters.gguf_shards import is_shard_of
@@ -39,6 +40,7 @@ Progress = Callable[[int, int, str], None]
 
 _DEPTH = 4  # pieces that are made ahead
 _COPIED = 32 << 20  # bytes that are copied at a time: as far ahead the system is asked to read
+_HASHED = 4 << 20  # bytes written between two that are told to who hashes them
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class _Piece:
     """Bytes of a tensor, or a part of a file (path, offset, number of bytes) that holds them."""
 
     name: str
-    data: bytes | tuple[Path, int, int]
+    data: bytes | memoryview | tuple[Path, int, int]
 
 
 def write_gguf_model(
@@ -182,37 +184,32 @@ class _Sources:
 
 def _write(file: BinaryIO, plan: FilePlan, errors: dict[str, StoredError], done: _Done) -> None:
     file.write(plan.header)
-    where = len(plan.header)
+    where = told = len(plan.header)
     done.add(where)
     with contextlib.ExitStack() as stack:
         sources = _Sources(stack)
-        pieces = ahead(_pieces(plan, _Sources(stack), errors), _DEPTH, _step())
+        written = stack.enter_context(hashed_behind(file, plan.nbytes))
+        pieces = ahead(_pieces(plan, _Sources(stack), errors), _DEPTH, in_mode())
         stack.callback(pieces.close)  # before the sources are
         for piece in pieces:
             done.begin(piece.name)
-            if isinstance(piece.data, bytes):
-                file.write(piece.data)
-                size = len(piece.data)
-            else:
-                path, offset, size = piece.data
-                if copy_range(sources.open(path), offset, file, where, size) != size:
-                    raise FormatError("was changed while it was read", file=path)
+            size = _add(piece.data, file, where, sources)
             where += size
             done.add(size)
-    assert where == plan.nbytes, f"{plan.name}: {where} bytes written, {plan.nbytes} announced"
+            if where - told >= _HASHED:
+                written(where)
+                told = where
+        assert where == plan.nbytes, f"{plan.name}: {where} bytes written, {plan.nbytes} announced"
 
 
-def _step() -> Callable[[Iterator[_Piece], _Piece], _Piece]:
-    """Takes the next piece in the caller's mode, which torch keeps for each thread: tensors belong to theirs."""
-    import torch
-
-    mode = torch.is_inference_mode_enabled()
-
-    def step(pieces: Iterator[_Piece], end: _Piece) -> _Piece:
-        with torch.inference_mode(mode):
-            return next(pieces, end)
-
-    return step
+def _add(data: bytes | memoryview | tuple[Path, int, int], file: BinaryIO, where: int, sources: _Sources) -> int:
+    """Writes a piece to its place, the end of the file; its size."""
+    if not isinstance(data, tuple):
+        return file.write(data)
+    path, offset, size = data
+    if copy_range(sources.open(path), offset, file, where, size) != size:
+        raise FormatError("was changed while it was read", file=path)
+    return size
 
 
 def _pieces(plan: FilePlan, sources: _Sources, errors: dict[str, StoredError]) -> Iterator[_Piece]:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_SUMS, _COUNTS = ".in_sum2", ".counts"
+SUMS, _COUNTS = ".in_sum2", ".counts"
+"""What the tensors of a weight are called, behind its name."""
 
 
 def check_imatrix(path: str | Path) -> GgufHeader:
@@ -29,14 +30,14 @@ def check_imatrix(path: str | Path) -> GgufHeader:
         FileMissingError: it can't be read. FormatError: it is none, or of the kind that is no GGUF file.
     """
     header = read_gguf_header(path, "GGUF importance matrix")
-    names = {name.removesuffix(_SUMS) for name in header.tensors if name.endswith(_SUMS)}
+    names = {name.removesuffix(SUMS) for name in header.tensors if name.endswith(SUMS)}
     if not names:
-        raise FormatError(f"has no tensor that ends in {_SUMS}: no importance matrix", file=path)
+        raise FormatError(f"has no tensor that ends in {SUMS}: no importance matrix", file=path)
     for name in sorted(names):
         counts = header.tensors.get(name + _COUNTS)
         if counts is None:
-            raise FormatError(f"has sums and no {name + _COUNTS!r}", file=path, tensor=name + _SUMS)
-        _check_pair(header, header.tensors[name + _SUMS], counts)
+            raise FormatError(f"has sums and no {name + _COUNTS!r}", file=path, tensor=name + SUMS)
+        _check_pair(header, header.tensors[name + SUMS], counts)
     return header
 
 
@@ -59,9 +60,9 @@ def read_imatrix(path: str | Path) -> Mapping[str, NDArray[np.float32]]:
 
     header, weights = check_imatrix(path), {}
     for name, sums in header.tensors.items():
-        if not name.endswith(_SUMS):
+        if not name.endswith(SUMS):
             continue
-        weight = name.removesuffix(_SUMS)
+        weight = name.removesuffix(SUMS)
         counts = np.rint(_values(header, header.tensors[weight + _COUNTS]))[:, None]
         with np.errstate(all="ignore"):
             means = _values(header, sums).reshape(len(counts), -1) / counts

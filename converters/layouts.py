@@ -119,12 +119,22 @@ def table_of(model: ModelDescription, remedy: str) -> Architecture:
 
 def _remedy(base: Model, aligned: Model, adapter: LoraAdapter | None) -> str:
     """Which conversion would make all inputs GGUF, for which no table is needed."""
-    models = [str(model.path) for model in (base, aligned) if model.layout != "gguf"]
-    steps = [f"{' and '.join(models)} with llama.cpp's convert_hf_to_gguf.py"] if models else []
+    table = next((found for model in (base, aligned) if (found := find_table(model))), None)
+    steps: dict[str, list[str]] = {}
+    for model in (base, aligned):
+        if model.layout != "gguf":
+            steps.setdefault(_converter_of(model), []).append(str(model.path))
+    told = [f"{' and '.join(paths)} with {tool}" for tool, paths in steps.items()]
     if adapter is not None and adapter.layout != "gguf":
-        steps.append(f"{adapter.path} with its convert_lora_to_gguf.py" if models else
-                     f"{adapter.path} with llama.cpp's convert_lora_to_gguf.py")  # fmt: skip
-    return f"Files that are all GGUF need none: convert {', '.join(steps)}"
+        tool = "safelora-gguf convert adapter" if table else "llama.cpp's convert_lora_to_gguf.py"
+        told.append(f"{adapter.path} with {tool}")
+    return f"Files that are all GGUF need none: convert {', '.join(told)}"
+
+
+def _converter_of(model: ModelDescription) -> str:
+    table = find_table(model)
+    ours = table is not None and table.writing is not None
+    return "safelora-gguf convert model" if ours else "llama.cpp's convert_hf_to_gguf.py"
 
 
 def _seen(model: Model, bridge: Bridge) -> Model:

@@ -37,6 +37,10 @@ def command_for(module: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", module)
 
 
+_FOR_TORCH = ("OMP_WAIT_POLICY", "PASSIVE")
+"""What the command line sets for torch's threads; llama.cpp's are better off without, see `safelora_gguf.cli`."""
+
+
 def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
     """Starts a child with pipes to all three of its streams, in our environment; `stop` ends it."""
     pipe = subprocess.PIPE
@@ -139,7 +143,8 @@ def _environment() -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[1])
     inherited = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([root, inherited] if inherited else [root])
-    return {**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
+    kept = {name: value for name, value in os.environ.items() if (name, value) != _FOR_TORCH}
+    return {**kept, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
 
 
 def _ending(status: int | None) -> str:

@@ -29,6 +29,18 @@ _HEAD_SIZES: Mapping[str, int] = {
     "qwen3": 128,
 }
 
+# By model_type: what transformers takes for tie_word_embeddings where config.json has none. The outer and the inner
+# configuration of Mistral 3 differ in it.
+_TIED = frozenset({
+    "cohere", "cohere2", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "refinedweb", "refinedwebmodel",
+    "smollm3",
+})  # fmt: skip
+_UNTIED = frozenset({
+    "deepseek_v2", "deepseek_v3", "glm4", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "llama",
+    "ministral3", "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "stablelm",
+})  # fmt: skip
+
 
 def class_of(config: Mapping[str, Any], file: Path) -> str:
     """The class named in config.json, such as LlamaForCausalLM.
@@ -104,10 +116,19 @@ def _head_size(config: Mapping[str, Any]) -> int | None:
 
 
 def ties_of(config: Mapping[str, Any]) -> bool | None:
-    """Whether the output matrix is the embedding matrix; None where config.json doesn't say."""
+    """Whether the output matrix is the embedding matrix: as config.json says, or as its model_type has it where it says
+    nothing; None where nobody knows."""
     inner = config.get("text_config")
-    table = inner if isinstance(inner, dict) and "tie_word_embeddings" in inner else config
-    return table["tie_word_embeddings"] is not False if "tie_word_embeddings" in table else None
+    table = inner if isinstance(inner, dict) and inner.get("tie_word_embeddings") is not None else config
+    if table.get("tie_word_embeddings") is not None:
+        return table["tie_word_embeddings"] is not False
+    kind = str(config.get("model_type")).lower()
+    return True if kind in _TIED else False if kind in _UNTIED else None
+
+
+def vocabulary_of(config: Mapping[str, Any]) -> int | None:
+    """How many rows its tables of tokens have; None where config.json doesn't say."""
+    return _first_count(config, ("vocab_size",))
 
 
 def _first_count(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:

@@ -71,6 +71,16 @@ def generated_tensors(config: Mapping[str, Any], file: Path, table: Architecture
     return kind.generated(reader)
 
 
+def settings_left_out(config: Mapping[str, Any], file: Path, table: Architecture) -> tuple[str, ...]:
+    """What llama.cpp does not compute with though config.json says it, a sentence each.
+
+    Raises:
+        FormatError, UnsupportedError: as for `model_keys`.
+    """
+    kind, reader = _reader(config, file, table)
+    return tuple(kind.losses(reader))
+
+
 def _reader(config: Mapping[str, Any], file: Path, table: Architecture) -> tuple[ModelType, ConfigReader]:
     kind = _type_of(writing_of(table, config, file), config, class_of(config, file))
     return kind, ConfigReader(config, file, kind.defaults)

@@ -19,12 +19,20 @@ from typing import IO, Any
 
 from converters import libggml, llama_child
 from converters.atomic import atomic_file
-from converters.errors import Error, FormatError, LlamaError, MissingLlamaError, UnsupportedError, WriteError
+from converters.errors import (
+    Error,
+    FormatError,
+    LlamaError,
+    MismatchError,
+    MissingLlamaError,
+    UnsupportedError,
+    WriteError,
+)
 from converters.free_space import free_space_for
 from converters.gguf_header import read_gguf_header
 from converters.gguf_metadata import GgufHeader, GgufTensor
 from converters.gguf_shards import read_gguf_headers
-from converters.imatrix import read_imatrix
+from converters.imatrix import check_imatrix, read_imatrix
 from converters.quantization import PADDING, FileType, file_type, is_quantized_again, quantized_size
 
 logger = logging.getLogger(__name__)
@@ -34,6 +42,7 @@ Progress = Callable[[int, int, str], None]
 _NEED_IMATRIX = ("IQ1_", "IQ2_", "IQ3_XXS", "IQ3_XS", "Q2_K_S")
 _COMMAND = llama_child.command_for("converters.quantizer_child")
 _TENSOR = re.compile(r"\[ *(\d+)/ *(\d+)\] +(\S+)")
+_OF_IMATRIX = re.compile(r"importance matrix|imatrix (size|contains)")
 _WRITE_FAILED = "iostream error"  # what C++ says of a device that is full
 
 
@@ -86,6 +95,7 @@ def quantize_gguf(
         UsageError: an unknown name.
         FileMissingError, FormatError: the source or the importance matrix is unusable.
         MissingLlamaError: llama-cpp-python is not installed or does not load.
+        MismatchError: the importance matrix lacks a tensor that needs it, or has one of another size.
         LlamaError: llama.cpp refused the model, crashed or hung, or what it wrote is no sound model.
         OutputPathError, WriteError: see `converters.atomic`; or the device has no room for it.
     """
@@ -111,16 +121,22 @@ def quantize_gguf(
         return _checked(made, headers, wanted, target)
 
 
-def check_quantizer(wanted: FileType) -> None:
-    """Whether the quantizer can make a type without an importance matrix; to be called before any work is done.
+def check_quantizer(wanted: FileType, imatrix: Path | None = None) -> None:
+    """Whether the quantizer can make a type; to be called before any work is done.
+
+    Args:
+        imatrix: the importance matrix that it will be given.
 
     Raises:
         MissingLlamaError: llama-cpp-python is not installed or does not load.
-        UnsupportedError: the type needs an importance matrix.
+        UnsupportedError: the type needs an importance matrix, and there is none.
+        FileMissingError, FormatError: what is given is none.
     """
     _check_library(wanted)
-    if wanted.name.startswith(_NEED_IMATRIX):
-        told = f"{wanted.name} needs an importance matrix (imatrix), which is not taken here; take IQ4_XS or Q3_K_M"
+    if imatrix is not None:
+        check_imatrix(imatrix)
+    elif wanted.name.startswith(_NEED_IMATRIX):
+        told = f"{wanted.name} needs an importance matrix: give one with --imatrix, or take IQ4_XS or Q3_K_M"
         raise UnsupportedError(told)
 
 
@@ -157,6 +173,8 @@ def _error(failure: _Failure, wanted: FileType, source: Path, target: Path, imat
         return MissingLlamaError(f"quantizing to {wanted.name}")
     if failure.kind == "imatrix":
         return UnsupportedError(failure.message, file=imatrix)
+    if imatrix is not None and _OF_IMATRIX.search(failure.message):
+        return MismatchError(f"{failure.message}; take an importance matrix of this model", file=imatrix)
     if _WRITE_FAILED in failure.message:
         return WriteError(f"writing failed: {failure.message}; nothing was left behind", file=target)
     return LlamaError(failure.message, file=source)

@@ -4,66 +4,28 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from converters.adapters.card import card_of
-from converters.adapters.output import Fact, Origin
 from converters.atomic import atomic_file, check_target
-from converters.converted_model import ConvertedModel
 from converters.errors import OutputPathError, UsageError
 from converters.identity import plain_name
-from converters.layouts import common_models
 from converters.model_card import CardInput, ModelCard
 from converters.models import Model
-from converters.names import first_few, named
-from converters.opening import open_model
 from converters.paths import resolved
-from safelora_gguf._version import __version__
-from safelora_gguf.alignment import Differences
 from safelora_gguf.device import exact_float32, resolve_device
-from safelora_gguf.extrapolate_model import CheckpointForm, GgufForm, plan_model
+from safelora_gguf.extrapolate_model import ModelForm, plan_model
 from safelora_gguf.extrapolate_report import ExtrapolateReport, TensorReport
-from safelora_gguf.lox import check_rank, extrapolated_weights, identical, same_weight, single_matrices
+from safelora_gguf.extrapolation import Extrapolation, Findings, Matched, matched
 from safelora_gguf.lox_adapter import AdapterForm
-from safelora_gguf.lox_steps import Extrapolator, Step, Steps
-from safelora_gguf.pairing import Triple, check_family
-from safelora_gguf.references import CLEAR
-from safelora_gguf.report import InputReport, OutputReport
+from safelora_gguf.next_steps import into_gguf
+from safelora_gguf.pairing import Triple
+from safelora_gguf.report import OutputReport
 
 Progress = Callable[[int, int, str], None]
-_LARGEST_COEF = 10.0
-_TOLERANCES = (1e-6, 0.5)
-
-
-@dataclass(frozen=True)
-class Extrapolation:
-    """What is done to a model, apart from files.
-
-    Attributes:
-        rank: k, the directions of each matrix's V; 0 for all of V.
-        coef: how much of them is added.
-        tolerance: of the singular vectors' residual, in units of the largest singular value.
-    """
-
-    rank: int = 6
-    coef: float = 1.25
-    tolerance: float = 1e-3
-
-    def __post_init__(self) -> None:
-        """Raises UsageError: a value out of range."""
-        if self.rank < 0:
-            raise UsageError(f"rank is {self.rank}, expected at least 0 (0: all of the difference)")
-        if not 0 < self.coef <= _LARGEST_COEF:
-            raise UsageError(
-                f"coef is {self.coef:g}, expected more than 0 (less would take alignment away) and at most "
-                f"{_LARGEST_COEF:g}"
-            )
-        if not _TOLERANCES[0] <= self.tolerance <= _TOLERANCES[1]:
-            raise UsageError(f"tolerance is {self.tolerance:g}, expected {_TOLERANCES[0]:g} to {_TOLERANCES[1]:g}")
 
 
 def extrapolate_models(
@@ -90,8 +52,8 @@ def extrapolate_models(
     Args:
         base: the model before its alignment, in any format that `project_adapter` reads.
         aligned: the model after it.
-        out: for an adapter see `plan_output`; for a model a directory where `aligned` is in safetensors, a file ending
-            in .gguf where it is GGUF.
+        out: for an adapter see `plan_output`; for a model a file ending in .gguf, or where `aligned` is in safetensors
+            a directory.
         rank, coef, tolerance: see `Extrapolation`.
         form: an adapter of rank k for the aligned model, whose scale 1 means coef; or the extrapolated model itself.
         outtype: of an adapter f32 (default), f16, bf16, q8_0. Of a model: every tensor keeps its type by default;
@@ -118,23 +80,16 @@ def extrapolate_models(
     if form == "adapter" and rank == 0:
         raise UsageError("rank 0 (all of the difference) is no adapter; use --as model")
     if form == "model" and to is not None:
-        raise UsageError("--to is for adapters; a model is written in the format that --aligned has")
+        raise UsageError("--to is for adapters; a model is GGUF where --out ends in .gguf, safetensors otherwise")
     where = resolve_device(device)
-    opened = open_model(base), open_model(aligned)
-    models = common_models(*opened, in_gguf=form == "adapter")
-    check_family(*models)
-    every = extrapolated_weights(*models, rank)
-    check_rank(rank, every)
-    triples = [triple for triple in every if not same_weight(*models, triple)]
-    if not triples:
-        raise identical(*models)
-    output: AdapterForm | CheckpointForm | GgufForm
+    found = matched(base, aligned, rank, in_gguf=form == "adapter" or Path(out).suffix.lower() == ".gguf")
+    output: AdapterForm | ModelForm
     if form == "adapter":
-        output = AdapterForm(out, models, triples, rank, outtype=outtype or "f32", to=to, force=force)
+        output = AdapterForm(out, found.models, found.differing, rank, outtype=outtype or "f32", to=to, force=force)
     else:
-        output = plan_model(out, opened[1], models, triples, outtype=outtype, force=force)
-    beside = None if card is None else _card_path(Path(card), output, opened, force)
-    run = _Run(wanted, output, models, every, triples, invocation=invocation)
+        output = plan_model(out, found.aligned, found.models, found.differing, outtype=outtype, force=force)
+    beside = None if card is None else _card_path(Path(card), output, found.models, force)
+    run = _Run(wanted, output, found, invocation=invocation)
     if not dry_run:
         with exact_float32(), torch.inference_mode():
             run.write(where, allow_noisy_reference, progress)
@@ -144,9 +99,7 @@ def extrapolate_models(
     return run.report(dry_run=dry_run)
 
 
-def _card_path(
-    card: Path, output: AdapterForm | CheckpointForm | GgufForm, inputs: Sequence[Model], force: bool
-) -> Path:
+def _card_path(card: Path, output: AdapterForm | ModelForm, inputs: Sequence[Model], force: bool) -> Path:
     """A card's place, which is no other output's, and no input.
 
     Raises:
@@ -160,38 +113,25 @@ def _card_path(
 
 
 class _Run:
-    """One extrapolation between its checks and its report."""
+    """One extrapolation into files, between its checks and its report."""
 
     def __init__(
-        self,
-        wanted: Extrapolation,
-        output: AdapterForm | CheckpointForm | GgufForm,
-        models: tuple[Model, Model],
-        every: Sequence[Triple],
-        differing: Sequence[Triple],
-        *,
-        invocation: str | None,
+        self, wanted: Extrapolation, output: AdapterForm | ModelForm, found: Matched, *, invocation: str | None
     ) -> None:
-        self._wanted, self._output, self._models, self._every = wanted, output, models, every
-        self._differing = frozenset(triple.pair.module for triple in differing)
-        self._invocation = invocation
-        self._inputs = InputReport.of("base", models[0]), InputReport.of("aligned", models[1])
-        self._steps: Mapping[str, Step] = {}
-        self._errors: Mapping[str, float] = {}
+        self._wanted, self._output, self._aligned, self._every = wanted, output, found.models[1], found.every
         self._form: Literal["adapter", "model"] = "adapter" if isinstance(output, AdapterForm) else "model"
+        self._findings = Findings(wanted, found, output.name_of, as_adapter=self._form == "adapter",
+                                  invocation=invocation)  # fmt: skip
+        self._invocation = invocation
+        self._errors: Mapping[str, float] = {}
 
     def write(self, device: torch.device, allow_noise: bool, progress: Progress | None) -> None:
-        triples = self._output.triples
-        differences = Differences(*self._models, triples, device)
-        extrapolator = Extrapolator(*self._models, differences, self._wanted.rank, self._wanted.coef,
-                                    self._wanted.tolerance, allow_noise)  # fmt: skip
-        steps = Steps(extrapolator, triples, progress)
-        self._errors = self._output.write(steps, self._origin(), card=self.card())
-        self._steps = steps.found
+        steps = self._findings.steps(self._output.triples, device, allow_noise, progress)
+        self._errors = self._output.write(steps, self._findings.origin(), card=self.card())
 
     def card(self) -> str:
         """A model card: what was done, from what, and how to do it again."""
-        origin, aligned = self._origin(), self._models[1]
+        origin, aligned = self._findings.origin(), self._aligned
         own = card_of(aligned)
         return ModelCard(
             title=plain_name(self._output.target),
@@ -204,10 +144,11 @@ class _Run:
             languages=own.languages,
             facts=origin.facts,
             inputs=[
-                CardInput(one.role, plain_name(Path(one.path)), one.format, one.fingerprint) for one in self._inputs
+                CardInput(one.role, plain_name(Path(one.path)), one.format, one.fingerprint)
+                for one in self._findings.inputs
             ],
             invocation=self._invocation,
-            notes=(*self._output.losses, *self._output.notes, *self._notes()),
+            notes=(*self._output.losses, *self._output.notes, *self._findings.notes()),
             usage=self._usage(lambda path: path.name),
         ).to_markdown()
 
@@ -220,9 +161,9 @@ class _Run:
             tolerance=self._wanted.tolerance,
             outtype=self._output.outtype,
             tensors=tuple(self._tensor(triple) for triple in self._every),
-            inputs=self._inputs,
+            inputs=self._findings.inputs,
             output=written,
-            notes=(*self._output.losses, *self._output.notes, *self._notes()),
+            notes=(*self._output.losses, *self._output.notes, *self._findings.notes()),
             losses=self._output.losses,
             planned_output=(str(self._output.target), self._output.planned_bytes()),
             next_steps=self._usage(str) if not dry_run else (),
@@ -230,7 +171,7 @@ class _Run:
 
     def _tensor(self, triple: Triple) -> TensorReport:
         module, pair = triple.pair.module, triple.pair
-        step = self._steps.get(module)
+        step = self._findings.found.get(module)
         known = step is not None and step.snr is not None
         error = self._errors.get(module, self._errors.get(triple.aligned_tensor))
         return TensorReport(
@@ -240,84 +181,22 @@ class _Run:
             residual=step.residual if step else None,
             iterations=step.iterations if step else None,
             r_align=step.r_align if step else None,
-            alignment_norm=step.alignment_norm if step else None if module in self._differing else 0.0,
+            alignment_norm=step.alignment_norm if step else None if self._findings.differ(triple) else 0.0,
             snr=step.snr if step else None,
             noise_edge=step.edge if step and known else None,
             stored_error=error,
             expert=pair.expert,
         )
 
-    def _notes(self) -> list[str]:
-        same = [triple for triple in self._every if triple.pair.module not in self._differing]
-        notes = []
-        if same:
-            names = first_few([self._output.name_of(triple) for triple in same])
-            notes.append(f"base and aligned hold the same values in {names}: left as they are")
-        notes += [
-            f"{self._output.name_of(triple)}: the base has {rows[0]} tokens and the aligned model {rows[1]}; rows that "
-            f"only one of them has are left as they are"
-            for triple in self._every
-            if len(set(rows := self._rows(triple))) > 1
-        ]
-        single = single_matrices(*self._models)
-        if single:
-            notes.append(f"in one of the models alone, and left as they are: {', '.join(single)}")
-        notes += self._of_the_layout()
-        notes += [f"{module}: {step.note}" for module, step in self._steps.items() if step.note]
-        low = [module for module, step in self._steps.items() if step.snr is not None and step.snr < CLEAR]
-        if low:
-            notes.append(f"the references' rounding noise shows: the signal to noise ratio is under {CLEAR} in "
-                         f"{len(low)} of {len(self._steps)} matrices")  # fmt: skip
-        return notes
-
-    def _of_the_layout(self) -> list[str]:
-        """What became of a checkpoint that was seen as GGUF."""
-        aligned = self._models[1]
-        if not isinstance(aligned, ConvertedModel):
-            return []
-        left, split = aligned.unplaced(), aligned.split()
-        notes = [f"GGUF has no place for {named(left)}: left out"] if left else []
-        if split and self._form == "adapter":
-            notes.append(
-                f"{split[0]} and {len(split) - 1} more are parts of larger matrices in {aligned.path}: each has its "
-                f"own directions here, those of the whole in a safetensors model"
-            )
-        return notes
-
-    def _rows(self, triple: Triple) -> tuple[int, int]:
-        """The rows that base and aligned have."""
-        names = triple.base_tensor, triple.aligned_tensor
-        ours, theirs = (model.infos[name].shape[-2] for model, name in zip(self._models, names, strict=True))
-        return ours, theirs
-
-    def _origin(self) -> Origin:
-        wanted = self._wanted
-        facts: dict[str, Fact] = {
-            "safelora.version": __version__,
-            "safelora.lox.rank": wanted.rank,
-            "safelora.lox.coef": float(wanted.coef),
-            "safelora.lox.tolerance": float(wanted.tolerance),
-        }
-        for item in self._inputs:
-            facts[f"safelora.{item.role}.name"] = plain_name(Path(item.path))
-            facts[f"safelora.{item.role}.fingerprint"] = item.fingerprint
-        part = f"the {wanted.rank} leading directions" if wanted.rank else "all"
-        description = (
-            f"LoX (arXiv 2506.15606): {wanted.coef:g} times {part} of what alignment changed, added to the aligned "
-            f"model's matrices, so that later fine-tuning undoes less of it. Measure what it refuses before relying on "
-            f"it."
-        )
-        return Origin("LoX", description, ("lox", "safelora-gguf"), facts, self._invocation)
-
     def _usage(self, shown: Callable[[Path], str]) -> tuple[str, ...]:
         """The commands that measure what the output refuses."""
-        target, aligned = self._output.target, self._models[1]
+        target, aligned = self._output.target, self._aligned
         place = shlex.quote(shown(target))
         is_file = target.suffix.lower() == ".gguf"
         if self._form == "model" and is_file:
             return (f"safelora-gguf smoke --model {place}",)
         if self._form == "model":
-            return f"convert_hf_to_gguf.py {place} --outfile MODEL.gguf", "safelora-gguf smoke --model MODEL.gguf"
+            return into_gguf(aligned, place), "safelora-gguf smoke --model MODEL.gguf"
         model = shlex.quote(shown(aligned.path)) if aligned.format == "gguf" else "ALIGNED.gguf"
         if is_file:
             return (f"safelora-gguf smoke --model {model} --adapter {place}",)

@@ -1,4 +1,4 @@
-"""LoX as a model: every matrix with coef times its leading directions added, written as the model came."""
+"""LoX as a model: every matrix with coef times its leading directions added, written as the model came or as GGUF."""
 
 from __future__ import annotations
 
@@ -7,152 +7,131 @@ from pathlib import Path
 
 import torch
 
-from converters.adapters.gguf_output import as_value
 from converters.adapters.output import Origin
-from converters.atomic import check_target, refuse_to_overwrite
+from converters.changed_model import ChangedModel
+from converters.changes import Change, Edits, Rows
 from converters.checkpoint import Checkpoint
-from converters.checkpoint_output import write_checkpoint
-from converters.checkpoint_plan import check_model_directory, plan_checkpoint
-from converters.errors import FormatError, LlamaError, UnsupportedError, UsageError
-from converters.free_space import free_space_for
-from converters.ggml import QType
-from converters.gguf_file import Value
-from converters.gguf_model import GgufModel
-from converters.gguf_rewrite import Change, rewrite_gguf, rewritten_size
+from converters.errors import FormatError, UnsupportedError, UsageError
 from converters.layouts import find_table
-from converters.model_card import fact_text
+from converters.model_output import ModelOutput, ModelRequest, plan_model_output
 from converters.models import Model
-from converters.quantization import file_type, quantized_size
-from converters.quantizer import check_quantizer, quantize_gguf
-from safelora_gguf.lox_rows import NewRows, Rows, RowsBroughtBack, by_tensor, parts_of
+from safelora_gguf.lox_rows import NewRows, Part, RowsBroughtBack, by_tensor, parts_of
 from safelora_gguf.lox_steps import Steps
 from safelora_gguf.pairing import Triple
 
-_FLOATS = {"F32": QType.F32, "F16": QType.F16, "BF16": QType.BF16}
-_MOST_NAMES = 5
-_PART = ".float.safelora-gguf.tmp"
+_FLOATS = {"F32", "F16", "BF16"}
 
 
-class CheckpointForm:
-    """A safetensors directory: shards, index and everything beside them as in the aligned model's."""
+class ModelForm:
+    """The extrapolated model.
+
+    Args:
+        opened: the aligned model as it is stored; `models` has base and aligned in the run's layout.
+        request: where it goes. What is quantized is rounded again wherever something is added to it, so that another
+            type needs no permission of its own.
+    """
 
     losses: tuple[str, ...] = ()
 
     def __init__(
-        self,
-        out: Path,
-        checkpoint: Checkpoint,
-        models: tuple[Model, Model],
-        triples: Sequence[Triple],
-        *,
-        outtype: str | None,
-        force: bool,
+        self, opened: Model, models: tuple[Model, Model], triples: Sequence[Triple], request: ModelRequest
     ) -> None:
-        self.triples, self._models, self._force = list(triples), models, force
-        self.target, self._outtype = out, outtype
-        self.outtype = outtype or "keep"
-        self._parts = None if models[1].layout == checkpoint.layout else parts_of(checkpoint, triples)
-        changed = set(by_tensor(triples) if self._parts is None else self._parts)
-        self._plan = plan_checkpoint(checkpoint, changed, outtype=outtype)
-        check_model_directory(self._plan, out, (models[0].path, *models[0].sources), force=force)
-        self.tensor_file = out / self._plan.shards[0].name
-        left = self._plan.left_out
-        names = ", ".join(left[:_MOST_NAMES]) + ", ..." * (len(left) > _MOST_NAMES)
-        self.notes = (f"left behind, since it is no part of this form of the model: {names}",) if left else ()
+        self.triples, self._opened, self._models, self._request = list(triples), opened, models, request
+        self._brought_back = models[1].layout != opened.layout
+        self._output = self._plan(model_edits(opened, models, triples, None))
+
+    @property
+    def target(self) -> Path:
+        return self._output.target
+
+    @property
+    def tensor_file(self) -> Path:
+        return self._output.tensor_file
+
+    @property
+    def outtype(self) -> str:
+        return self._output.outtype
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._output.notes
 
     def name_of(self, triple: Triple) -> str:
-        table = find_table(self._models[1]) if self._parts is None else None
-        found = table.to_gguf(triple.pair.weight) if table else ()
-        return f"{found[0].name}.weight" if len(found) == 1 else triple.aligned_tensor
+        return _name_of(triple, self._opened, self._models)
 
     def planned_bytes(self) -> int:
-        return self._plan.nbytes
+        return self._output.planned_bytes()
 
     def write(self, steps: Steps, origin: Origin, *, card: str) -> Mapping[str, float]:
-        """Writes the model; the relative rounding error of each tensor by the name that it has in the run."""
-        facts = {key: fact_text(value) for key, value in origin.facts.items()}
-        free_space_for(self.target, self._plan.nbytes)
-        errors = write_checkpoint(self._plan.source, self.target, self._rows(steps), outtype=self._outtype, card=card,
-                                  metadata=facts, force=self._force)  # fmt: skip
-        if self._parts is None:
+        """Writes the model; the relative rounding error of each tensor, or module, by the name that it has in the
+        run."""
+        edits = model_edits(self._opened, self._models, steps.that_add(self.triples), steps)
+        self._output = self._plan(edits)
+        errors = {name: error.relative for name, error in self._output.write(origin.facts, card=card).items()}
+        if not self._brought_back or self._request.is_gguf:
             return errors
-        return {triple.pair.module: errors[own] for own, parts in self._parts.items() for part in parts
+        every = _parts(self._opened, self.triples)
+        return {triple.pair.module: errors[own] for own, parts in every.items() for part in parts
                 for triple in part.by_number.values()}  # fmt: skip
 
-    def _rows(self, steps: Steps) -> Mapping[str, Rows]:
-        if self._parts is None:
-            return {name: NewRows(self._models, same, steps) for name, same in by_tensor(self.triples).items()}
-        source = self._plan.source
-        return {own: RowsBroughtBack(source, own, parts, self._models, steps) for own, parts in self._parts.items()}
+    def _plan(self, edits: Edits) -> ModelOutput:
+        base = self._models[0]
+        return plan_model_output(self._opened, edits, self._request, (base.path, *base.sources))
 
 
-class GgufForm:
-    """A GGUF file: every key and every other tensor as in the aligned model's."""
+class KeptModel:
+    """The extrapolated model in memory, for the next step of a chain: its tensors are computed when they are asked for.
+
+    Args: as for `ModelForm`.
+    """
 
     losses: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def __init__(
-        self, out: Path, models: tuple[Model, Model], triples: Sequence[Triple], *, outtype: str | None, force: bool
-    ) -> None:
-        base, aligned = models
-        assert isinstance(aligned, GgufModel), "a GGUF model comes as it is"
-        self._aligned, self._models, self._force = aligned, models, force
-        self.triples, self.target = list(triples), out
-        self.tensor_file = out
-        self.outtype = outtype or "keep"
-        self._quantized_as = file_type(outtype) if outtype else None
-        if self._quantized_as is not None:
-            check_quantizer(self._quantized_as)
-        check_target(out, force=force)
-        refuse_to_overwrite(out, (*aligned.sources, *base.sources))
-        self._size = rewritten_size(aligned, self._changes(None))
+    def __init__(self, opened: Model, models: tuple[Model, Model], triples: Sequence[Triple]) -> None:
+        self.triples, self._opened, self._models = list(triples), opened, models
 
     def name_of(self, triple: Triple) -> str:
-        return triple.aligned_tensor
+        return _name_of(triple, self._opened, self._models)
 
-    def planned_bytes(self) -> int:
-        return self._size if self._quantized_as is None else quantized_size(self._aligned.headers, self._quantized_as)
+    def changed(self, steps: Steps) -> ChangedModel:
+        """The model. Raises: see `Steps.that_add`."""
+        edits = model_edits(self._opened, self._models, steps.that_add(self.triples), steps)
+        return ChangedModel(self._opened, edits)
 
-    def write(self, steps: Steps, origin: Origin, *, card: str) -> Mapping[str, float]:
-        """Writes the model; the relative rounding error of each tensor by name. `card` is for directories."""
-        added = [(key, as_value(value)) for key, value in origin.facts.items()]
-        if self._quantized_as is not None:
-            return self._quantize(steps, added)
-        free_space_for(self.target, self._size)
-        errors = rewrite_gguf(self._aligned, self.target, self._changes(steps), added=added, force=self._force)
-        return {name: error.relative for name, error in errors.items()}
 
-    def _changes(self, steps: Steps | None) -> list[Change]:
-        """Without steps only names and types can be used."""
-        changes = []
-        changing = self.triples if steps is None else steps.that_add(self.triples)
-        for name, triples in by_tensor(changing).items():
-            rows = _no_rows if steps is None else NewRows(self._models, triples, steps)
-            changes.append(Change(name, rows, None if self._quantized_as is None else self._float_type(name)))
-        return changes
+def model_edits(opened: Model, models: tuple[Model, Model], triples: Sequence[Triple], steps: Steps | None) -> Edits:
+    """The tensors that change; without steps only their names can be used.
 
-    def _quantize(self, steps: Steps, added: Sequence[tuple[str, Value]]) -> Mapping[str, float]:
-        """Through a float file beside the target, which llama.cpp's quantizer reads."""
-        assert self._quantized_as is not None, "another type was asked for"
-        size = self._size + quantized_size(self._aligned.headers, self._quantized_as)
-        free_space_for(self.target, size, f"a float file of {self._size / 1e9:.1f} GB and the model made of it")
-        part = self.target.with_name(f".{self.target.name}{_PART}")
-        try:
-            rewrite_gguf(self._aligned, part, self._changes(steps), added=added, force=True)
-            made = quantize_gguf(part, self.target, self._quantized_as.name, threads=2, allow_requantize=True,
-                                 force=self._force)  # fmt: skip
-        except LlamaError as error:
-            raise LlamaError(error.message, file=self.target) from None  # the float file is gone
-        finally:
-            part.unlink(missing_ok=True)
-        types = ", ".join(f"{count} {name}" for name, count in made.types.items())
-        self.notes = (*self.notes, f"quantized by llama.cpp as {self._quantized_as.name}: {types} tensors")
-        return {}
+    Args:
+        opened: the aligned model as it is stored; `models` has base and aligned in the run's layout.
+    """
+    rows: dict[str, Rows]
+    if models[1].layout == opened.layout:
+        same = by_tensor(triples)
+        rows = {name: _no_rows if steps is None else NewRows(models, found, steps) for name, found in same.items()}
+    else:
+        parts = _parts(opened, triples)
+        rows = {own: _no_rows if steps is None else RowsBroughtBack(_checkpoint(opened), own, found, models, steps)
+                for own, found in parts.items()}  # fmt: skip
+    return Edits({name: Change(name, _without_gradients(found)) for name, found in rows.items()})
 
-    def _float_type(self, name: str) -> QType:
-        """A changed tensor's type in the float file: its own where it is one."""
-        return _FLOATS.get(self._aligned.infos[name].dtype, QType.F16)
+
+def _parts(opened: Model, triples: Sequence[Triple]) -> Mapping[str, list[Part]]:
+    return parts_of(_checkpoint(opened), triples)
+
+
+def _checkpoint(opened: Model) -> Checkpoint:
+    assert isinstance(opened, Checkpoint), "what is GGUF already is not seen as GGUF"
+    return opened
+
+
+def _name_of(triple: Triple, opened: Model, models: tuple[Model, Model]) -> str:
+    """A matrix's name in reports: GGUF's where the architecture is known and it is one tensor there."""
+    own = models[1].layout == opened.layout == "hugging_face"
+    table = find_table(models[1]) if own else None
+    found = table.to_gguf(triple.pair.weight) if table else ()
+    return f"{found[0].name}.weight" if len(found) == 1 else triple.aligned_tensor
 
 
 def plan_model(
@@ -163,7 +142,7 @@ def plan_model(
     *,
     outtype: str | None,
     force: bool,
-) -> CheckpointForm | GgufForm:
+) -> ModelForm:
     """Checks that the model can be written there.
 
     Args:
@@ -171,10 +150,22 @@ def plan_model(
 
     Raises:
         UsageError: an unknown type. OutputPathError: the place is taken or unusable.
-        UnsupportedError: the vocabularies differ, or a tensor can't be stored in its type; or the output would be in
-            another format than the aligned model. FormatError: a norm or bias that is not finite.
+        UnsupportedError: a tensor can't be stored in its type. See also `check_model`.
     """
-    aligned, path = models[1], Path(out)
+    check_model(opened, models, triples)
+    request = ModelRequest(Path(out), outtype, allow_requantize=True, force=force)
+    if opened.format == "gguf" and not request.is_gguf:
+        raise UsageError("--aligned is GGUF, from which no safetensors are made: --out must end in .gguf")
+    return ModelForm(opened, models, triples, request)
+
+
+def check_model(opened: Model, models: tuple[Model, Model], triples: Sequence[Triple]) -> None:
+    """That a model can be extrapolated as a whole.
+
+    Raises:
+        UnsupportedError: the vocabularies differ. FormatError: a norm or bias that is not finite.
+    """
+    aligned = models[1]
     _check_vectors(opened)
     for triple in triples:
         ours, theirs = models[0].infos[triple.base_tensor].shape[-2], aligned.infos[triple.aligned_tensor].shape[-2]
@@ -185,16 +176,6 @@ def plan_model(
                 file=aligned.path,
                 tensor=aligned.stored_name(triple.aligned_tensor),
             )
-    to_gguf = path.suffix.lower() == ".gguf"
-    if to_gguf != (aligned.format == "gguf"):
-        raise UsageError(
-            "--aligned is in safetensors, and a model is written as it came: --out must be a directory"
-            if to_gguf
-            else "--aligned is GGUF, and a model is written as it came: --out must end in .gguf"
-        )
-    if isinstance(opened, Checkpoint):
-        return CheckpointForm(path, opened, models, triples, outtype=outtype, force=force)
-    return GgufForm(path, models, triples, outtype=outtype, force=force)
 
 
 def _check_vectors(model: Model) -> None:
@@ -202,6 +183,16 @@ def _check_vectors(model: Model) -> None:
     for name, info in model.infos.items():
         if len(info.shape) == 1 and info.dtype in _FLOATS and not bool(torch.isfinite(model.load(name)).all()):
             raise FormatError("holds NaN or Inf: the model is broken", file=model.file_of(name), tensor=name)
+
+
+def _without_gradients(rows: Rows) -> Rows:
+    """The same in whatever thread: torch's modes are a thread's own, and the output asks from one of its own."""
+
+    def found(start: int, stop: int) -> torch.Tensor:
+        with torch.inference_mode():
+            return rows(start, stop)
+
+    return found
 
 
 def _no_rows(start: int, stop: int) -> torch.Tensor:

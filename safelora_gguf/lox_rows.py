@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from converters.architectures import Destination, Rule
+from converters.architectures import Rule
 from converters.checkpoint import Checkpoint
 from converters.errors import UnsupportedError
 from converters.layouts import table_of
 from converters.models import Model
 from converters.names import canonical
+from converters.origins import Origin, origins_in
 from converters.tensors import matrices_within
 from safelora_gguf.lox_steps import Step, Steps
 from safelora_gguf.pairing import Triple
@@ -93,26 +94,26 @@ def parts_of(checkpoint: Checkpoint, triples: Sequence[Triple]) -> Mapping[str, 
     Raises:
         UnsupportedError: one of them has no way back from there.
     """
-    table, changed = table_of(checkpoint, ""), by_tensor(triples)
+    table = table_of(checkpoint, "")
+    origins = origins_in(checkpoint, table)
     found: dict[str, list[Part]] = {}
-    for own, info in checkpoint.infos.items():
-        for tensor, target in table.tensors_in_gguf(canonical(own)):
-            stacked = target.rule.stacked and len(info.shape) > 2
-            members = _members(changed.get(tensor, ()), target, stacked=stacked)
+    for tensor, same in by_tensor(triples).items():
+        for origin in origins.get(tensor, ()):
+            members = _members(same, origin)
             if not members:
                 continue
-            reason = table.no_pairs_because(canonical(own).removesuffix(_WEIGHT))
+            reason = table.no_pairs_because(canonical(origin.own).removesuffix(_WEIGHT))
             if reason:
                 told = f"can't be brought back from GGUF's form ({reason}); take both models in one format"
-                raise UnsupportedError(told, file=checkpoint.file_of(own), tensor=own)
-            found.setdefault(own, []).append(Part(target.rule, members))
+                raise UnsupportedError(told, file=checkpoint.file_of(origin.own), tensor=origin.own)
+            found.setdefault(origin.own, []).append(Part(origin.rule, members))
     return found
 
 
-def _members(triples: Sequence[Triple], target: Destination, *, stacked: bool) -> dict[int, Triple]:
+def _members(triples: Sequence[Triple], origin: Origin) -> dict[int, Triple]:
     """The matrices that stand in the checkpoint's tensor, by their place there."""
-    ours = [triple for triple in triples if target.expert in (None, triple.pair.expert)]
-    return {(triple.pair.expert or 0) if stacked else 0: triple for triple in ours}
+    places = ((origin.number(triple.pair.expert), triple) for triple in triples)
+    return {place: triple for place, triple in places if place is not None}
 
 
 class RowsBroughtBack:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ def pair_up(base: Model, aligned: Model, adapter: LoraAdapter) -> list[Triple]:
     names = _by_module(base), _by_module(aligned)
     stacks = _stacks(adapter)
     for model, found in zip((base, aligned), names, strict=True):
-        _all_there(model, adapter, found)
+        _all_there(model, adapter, list(adapter.pairs.values()), found)
         for pair in adapter.pairs.values():
             model.check_type(found[pair.weight])
             _fits(pair, model, found[pair.weight], adapter, stacks.get(pair.weight))
@@ -74,16 +74,20 @@ def check_family(base: Model, aligned: Model) -> None:
     _same_shapes(base, aligned, (_by_module(base), _by_module(aligned)))
 
 
-def check_adapted(model: Model, adapter: LoraAdapter) -> None:
+def check_adapted(model: Model, adapter: LoraAdapter, modules: Container[str] | None = None) -> None:
     """That a model has every adapted weight in the adapter's shape; both in one layout. Weights in a packed form, or
     under names of their own (bitsandbytes, GPTQ, MXFP4), are passed over.
+
+    Args:
+        modules: those that are looked at; all by default.
 
     Raises:
         MismatchError: the adapter is for another model. UnsupportedError: it adapts a tied head, or new tokens.
     """
     names, stacks = _by_module(model), _stacks(adapter)
-    _all_there(model, adapter, {*names, *_packed(model)})
-    for pair in adapter.pairs.values():
+    pairs = [pair for module, pair in adapter.pairs.items() if modules is None or module in modules]
+    _all_there(model, adapter, pairs, {*names, *_packed(model)})
+    for pair in pairs:
         if pair.weight in names and _is_readable(model, names[pair.weight]):
             _fits(pair, model, names[pair.weight], adapter, stacks.get(pair.weight))
 
@@ -103,8 +107,8 @@ def _is_readable(model: Model, tensor: str) -> bool:
     return True
 
 
-def _all_there(model: Model, adapter: LoraAdapter, names: Container[str]) -> None:
-    missing = [pair for pair in adapter.pairs.values() if pair.weight not in names]
+def _all_there(model: Model, adapter: LoraAdapter, pairs: Sequence[LoraPair], names: Container[str]) -> None:
+    missing = [pair for pair in pairs if pair.weight not in names]
     if not missing:
         return
     first = missing[0]
@@ -219,7 +223,7 @@ def _check_frozen_table(module: str, aligned: Model, tensor: str | None, adapter
             return
     raise UnsupportedError(
         f"is a base table that differs from the one in {aligned.path}: the vocabulary was resized or the table "
-        f"trained, which pairs can't express. Merge the adapter with PEFT",
+        f"trained, which pairs can't express. Merge the adapter into its model (safelora-gguf merge)",
         file=adapter.tensor_file,
         tensor=adapter.frozen_tables[module],
     )

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from converters.adapters.lora import LoraAdapter, LoraPair
+from converters.adapters.trained_on import check_trained_on
 from converters.architectures import Architecture, HeadCounts, find_architecture
 from converters.errors import InputError, MismatchError, UnsupportedError
 from converters.models import Model, ModelDescription, ModelSizes
@@ -45,7 +46,8 @@ _Sides = Mapping[str, tuple[_Side | None, _Side | None]]
 
 
 def check_sizes(adapter: LoraAdapter, model: ModelDescription) -> None:
-    """That every pair is for a weight that the model can have, by its number of layers, its width and its heads.
+    """That every pair is for a weight that the model can have, by its number of layers, its width and its heads, and
+    that no layer is without a pair which should have one (`check_trained_on`).
 
     What the model doesn't say is not held against a pair; vocabularies are resized and no measure.
 
@@ -67,6 +69,7 @@ def check_sizes(adapter: LoraAdapter, model: ModelDescription) -> None:
                     file=adapter.tensor_file,
                     tensor=pair.tensors[half],
                 )
+    check_trained_on(adapter, model)
 
 
 def check_ties(adapter: LoraAdapter, model: ModelDescription, *, to_gguf: bool) -> None:

@@ -16,6 +16,7 @@ from converters.adapters.whole import WholeTensor
 from converters.architectures import Architecture, Destination, Rule, find_architecture
 from converters.architectures.transforms import StoredTransposed, SwapFactors
 from converters.bridge import Bridge
+from converters.conv1d import is_conv1d
 from converters.errors import FormatError, MismatchError, UnsupportedError
 from converters.models import Layout, ModelDescription
 from converters.names import named, natural_order
@@ -63,19 +64,22 @@ def needs_table(adapter: LoraAdapter, architecture: Architecture | None, *, to_g
 
 
 def check_orientation(adapter: LoraAdapter, model: ModelDescription) -> None:
-    """That a PEFT adapter's `fan_in_fan_out` changes nothing: PEFT sets it aside for every nn.Linear, and all adapted
-    weights of an architecture with a table are that.
+    """That no pair is for a weight that is stored as (in, out). PEFT sets `fan_in_fan_out` by the weight's class: aside
+    for every nn.Linear, as all adapted weights of an architecture with a table are, and on for every Conv1D.
 
     Raises:
-        UnsupportedError: the setting is on, and the architecture may have weights stored as (in, out).
+        UnsupportedError: one is, or in an unknown architecture may be.
     """
-    if not isinstance(adapter, PeftAdapter) or not adapter.config.fan_in_fan_out:
+    if not isinstance(adapter, PeftAdapter):
         return
-    if find_architecture(model.architecture) is None:
+    turned = [pair for pair in adapter.pairs.values() if is_conv1d(model, pair.weight)]
+    if turned:
+        told = f"is for a weight that {model.architecture} stores as (in, out) (Conv1D), which merge alone supports"
+        raise UnsupportedError(told, file=adapter.tensor_file, tensor=turned[0].tensors[0])
+    if adapter.config.fan_in_fan_out and find_architecture(model.architecture) is None:
         told = (
-            f"has fan_in_fan_out, which says that weights are stored transposed, as GPT-2's Conv1D has them; "
-            f"{model.architecture} may have such weights, and they are not supported. Where all its layers are "
-            f"nn.Linear, PEFT ignores the setting: write false in its place"
+            f"has fan_in_fan_out, which says that weights are stored as (in, out), and which of those of a "
+            f"{model.architecture} are is not known here. Merge it with PEFT, which has the model's classes"
         )
         raise UnsupportedError(told, file=adapter.config.path)
 
@@ -85,6 +89,9 @@ class ConvertedAdapter:
 
     A pair for several matrices of GGUF becomes a pair for each, with the same A and the matching rows of B.
 
+    Args:
+        may_be_empty: whether it is one, too, when all of its pairs are left out.
+
     Attributes:
         source: the adapter as it is.
         bridge: the way it came.
@@ -92,7 +99,7 @@ class ConvertedAdapter:
 
     layout: Layout = "gguf"
 
-    def __init__(self, adapter: LoraAdapter, bridge: Bridge) -> None:
+    def __init__(self, adapter: LoraAdapter, bridge: Bridge, *, may_be_empty: bool = False) -> None:
         """Raises:
         UnsupportedError: the table has no place for a module. FormatError: heads that don't divide the rows.
         MismatchError: experts that the model hasn't.
@@ -103,7 +110,7 @@ class ConvertedAdapter:
         self._left_out: dict[str, list[str]] = {}
         self._check_stacks()
         pairs = [part for pair in adapter.pairs.values() for part in self._parts(pair)]
-        if not pairs:
+        if not pairs and not may_be_empty:
             raise UnsupportedError("; ".join(self._told_left_out()), file=adapter.path)
         self.pairs: Mapping[str, LoraPair] = {
             pair.module: pair for pair in sorted(pairs, key=lambda pair: natural_order(pair.module))

@@ -109,12 +109,14 @@ class MlxConfig:
         scaling: the true factor of every pair.
         rank: every pair's, or None where the file doesn't say.
         dora: whether every module has magnitudes beside its pair.
+        layers: of how many layers the last were trained, -1 of all of them; None where the file doesn't say.
     """
 
     scaling: float
     rank: int | None
     base_model_name: str | None
     dora: bool = False
+    layers: int | None = None
 
 
 def is_mlx(path: Path) -> bool:
@@ -174,7 +176,9 @@ def parse_mlx_config(raw: Mapping[str, Any], path: Path, *, dora: bool = False) 
         raise FormatError(f"lora_parameters: rank is {repr(rank)[:80]}, expected a positive whole number", file=path)
     name = raw.get("model")
     scaling = _scaling(raw, parameters, rank, path)
-    return MlxConfig(scaling, rank, name if isinstance(name, str) and name else None, kind == "dora")
+    layers = raw.get("num_layers", raw.get("lora_layers"))  # the second is older mlx-lm's
+    return MlxConfig(scaling, rank, name if isinstance(name, str) and name else None, kind == "dora",
+                     layers if type(layers) is int else None)  # fmt: skip
 
 
 def _scaling(raw: Mapping[str, Any], parameters: Mapping[str, Any], rank: int | None, path: Path) -> float:

@@ -64,7 +64,7 @@ class BesidePairs:
     def notes(self, config: PeftConfig) -> tuple[str, ...]:
         """A sentence for what is no part of the update and worth knowing."""
         untrained = [name for name in self.names.get(Kind.UNTRAINED, ()) if name.endswith(".bias")]
-        told = [f"{Kind.UNTRAINED.value} and left out: {named(untrained)}"] if untrained else []
+        told = [f"{Kind.UNTRAINED.value} and no part of its update: {named(untrained)}"] if untrained else []
         if config.bias != "none" and Kind.BIAS not in self.names:
             told.append(f"its configuration says that biases were trained (bias: {config.bias}), and it holds none")
         return tuple(told)

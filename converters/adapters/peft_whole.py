@@ -54,12 +54,22 @@ def whole_tensors(
         if tensor is None:
             continue
         first = places.setdefault((tensor.target, tensor.kind), tensor.key)
+        if first != tensor.key and _is_saved_twice(file, tensor.key, first):
+            continue
         if first != tensor.key:
             told = f"is a second tensor for {tensor.target}, the first is {first}: which one was trained can't be told"
             raise FormatError(told, file=file.path, tensor=tensor.key)
         _check_pair(file, tensor, pairs)
         found[tensor.key] = tensor
     return found
+
+
+def _is_saved_twice(file: SafetensorsFile, key: str, other: str) -> bool:
+    """PEFT saves a table of a resized vocabulary that was trained whole under its wrapper's name, too."""
+    import torch
+
+    same = key.replace(_SAVED, ".") == other or other.replace(_SAVED, ".") == key
+    return same and torch.equal(file.load(key), file.load(other))
 
 
 def _tables(file: SafetensorsFile) -> Iterator[WholeTensor]:

@@ -26,6 +26,7 @@ from converters.architectures.hyperparameters import experts as expert_counts
 from converters.architectures.rope import llama3_factors, rope_keys
 from converters.architectures.table import Architecture, Rule
 from converters.architectures.transforms import TakeRows
+from converters.architectures.windows import in_every_fourth_layer, window_in_all, window_where_used
 from converters.architectures.writing import Hyperparameter, ModelType, ModelWriting, count, number
 from converters.config_reader import ConfigReader
 
@@ -103,9 +104,10 @@ LLAMA = Architecture(
                 "mistral",
                 ("MistralForCausalLM",),
                 _llama_keys,
-                {**_PLAIN, "max_position_embeddings": 131072, "num_key_value_heads": 8},
+                {**_PLAIN, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
                 _SILU,
                 llama3_factors,
+                window_in_all,
             ),
             ModelType(
                 "mixtral",
@@ -122,6 +124,7 @@ LLAMA = Architecture(
                 },
                 _SILU,
                 llama3_factors,
+                window_in_all,
             ),
         ),
         vocabularies=("sentencepiece", "bpe"),
@@ -153,6 +156,7 @@ SMOLLM3 = Architecture(
                     "num_key_value_heads": 4,
                 },
                 {**_SILU, "no_rope_layer_interval": (4,)},
+                losses=window_where_used(in_every_fourth_layer),
             ),
         ),
         vocabularies=("sentencepiece", "bpe"),

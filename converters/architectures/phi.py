@@ -10,6 +10,7 @@ from converters.architectures.decoder import PRE_NORMS, embeddings, fused_attent
 from converters.architectures.hyperparameters import MOST_POSITIONS, expect_divided_width, heads, sizes
 from converters.architectures.rope import LongRope, Rope, long_rope, long_rope_tensors, rope
 from converters.architectures.table import Architecture
+from converters.architectures.windows import window_in_all
 from converters.architectures.writing import Hyperparameter, ModelType, ModelWriting, count, number
 from converters.config_reader import ConfigReader
 
@@ -86,6 +87,7 @@ PHI3 = Architecture(
                 },
                 {"hidden_act": ("silu", "swish"), "is_causal": (True,)},
                 _factors,
+                window_in_all,
             ),
         ),
         vocabularies=("sentencepiece", "bpe"),

@@ -17,6 +17,12 @@ from converters.architectures.hyperparameters import direction, given_head_sizes
 from converters.architectures.hyperparameters import experts as expert_counts
 from converters.architectures.rope import rope_keys
 from converters.architectures.table import Architecture, Rule
+from converters.architectures.windows import (
+    in_every_other_layer,
+    in_later_layers,
+    window_in_all_where_used,
+    window_where_used,
+)
 from converters.architectures.writing import Hyperparameter, ModelType, ModelWriting, count
 from converters.config_reader import ConfigReader
 
@@ -26,7 +32,13 @@ _MLP = "model.layers.{i}.mlp"
 # llama.cpp has no dense layers among them, as these models could.
 _MIXTURE = (*_AROUND, *experts(_MLP), router(f"{_MLP}.gate"))
 
-_DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768}
+_DEFAULTS = {
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 _SILU = {"hidden_act": ("silu", "swish")}
 _ALL_MIXTURES = {**_SILU, "decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
 
@@ -55,7 +67,16 @@ QWEN2 = Architecture(
     name="qwen2",
     classes=("Qwen2ForCausalLM",),
     rules=_RULES,
-    writing=_writing(ModelType("qwen2", ("Qwen2ForCausalLM",), _keys, {**_DEFAULTS, "num_key_value_heads": 32}, _SILU)),
+    writing=_writing(
+        ModelType(
+            "qwen2",
+            ("Qwen2ForCausalLM",),
+            _keys,
+            {**_DEFAULTS, "num_key_value_heads": 32},
+            _SILU,
+            losses=window_where_used(in_later_layers),
+        )
+    ),
 )
 
 QWEN3 = Architecture(
@@ -64,7 +85,12 @@ QWEN3 = Architecture(
     rules=(*_RULES, *norms(HEAD_NORMS)),
     writing=_writing(
         ModelType(
-            "qwen3", ("Qwen3ForCausalLM",), _keys, {**_DEFAULTS, "num_key_value_heads": 32, "head_dim": 128}, _SILU
+            "qwen3",
+            ("Qwen3ForCausalLM",),
+            _keys,
+            {**_DEFAULTS, "num_key_value_heads": 32, "head_dim": 128},
+            _SILU,
+            losses=window_where_used(in_later_layers),
         )
     ),
 )
@@ -92,6 +118,7 @@ QWEN2_MOE = Architecture(
                 "norm_topk_prob": False,
             },
             {**_ALL_MIXTURES, "norm_topk_prob": (False,)},
+            losses=window_where_used(in_every_other_layer),
         )
     ),
 )
@@ -114,6 +141,7 @@ QWEN3_MOE = Architecture(
                 "norm_topk_prob": False,
             },
             {**_ALL_MIXTURES, "norm_topk_prob": (True,)},
+            losses=window_in_all_where_used,
         )
     ),
 )

@@ -32,11 +32,17 @@ class Hyperparameter:
 
 Keys = Callable[[ConfigReader], Iterable[Hyperparameter]]
 Generated = Callable[[ConfigReader], "Mapping[str, torch.Tensor]"]
+Losses = Callable[[ConfigReader], Iterable[str]]
 
 
 def nothing(_: ConfigReader) -> Mapping[str, torch.Tensor]:
     """No generated tensors."""
     return {}
+
+
+def nothing_lost(_: ConfigReader) -> Iterable[str]:
+    """No setting that is left out."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class ModelType:
             none.
         fixed: settings for which llama.cpp has no key, each with the values that it computes with.
         generated: tensors that follow from the settings, float32, by their names in GGUF.
+        losses: settings that a model may have and llama.cpp leaves out, a sentence each.
     """
 
     name: str
@@ -59,6 +66,7 @@ class ModelType:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     generated: Generated = nothing
+    losses: Losses = nothing_lost
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from converters.inspection.checkpoint import not_weights, stored_metadata
 from converters.inspection.findings import listed, sentences, tied_note
 from converters.inspection.record import Inspection, Module
 from converters.inspection.values import json_values
+from converters.inspection.whole import whole_notes
 from converters.names import natural_order
 from converters.paths import parse_json_object, read_bytes
 from converters.safetensors_file import SafetensorsFile
@@ -46,7 +47,8 @@ _MOST_FINDINGS = 20_000  # in a PEFT adapter's tensors
 _ENDS = ("embed_tokens", "lm_head")
 _DORA = (
     "uses DoRA, whose update has no low rank: convert adapter and project write the nearest plain pairs, and need the "
-    "weights of the model that it was trained on, in safetensors; smoke and llama.cpp know nothing of it"
+    "weights of the model that it was trained on, in safetensors; merge applies it exactly; smoke and llama.cpp know "
+    "nothing of it"
 )
 
 
@@ -142,7 +144,9 @@ def _peft_parts(files: _Files) -> _Parts:
             findings.append(error.with_traceback(None))  # which would hold what the reader had in hand
 
     adapter = PeftAdapter(files.directory, files.config_bytes, config, files.weights, meanings=meanings, tell=tell)
-    return replace(_Parts.of(adapter, findings), dora=config.use_dora)
+    parts = _Parts.of(adapter, findings)
+    used = () if findings or files.raw is None else whole_notes(adapter, tell)
+    return replace(parts, dora=config.use_dora, notes=(*parts.notes, *used))
 
 
 def _peft_config(files: _Files, settings: Mapping[str, Any]) -> tuple[PeftConfig, set[str], list[InputError]]:
@@ -289,5 +293,6 @@ def _peft_notes(files: _Files) -> list[str]:
         )
     saved = [name for name in (files.weights.infos if files.weights else ()) if name.endswith(".base_layer.weight")]
     if saved:
-        notes.append(f"{listed(saved)}: the base model's own weights, saved along unchanged")
+        notes.append(f"{listed(saved)}: the base model's own weights, saved along; merge takes those that differ from "
+                     f"its model's: a vocabulary that was resized")  # fmt: skip
     return notes

@@ -23,6 +23,8 @@ from converters.vocabulary.tokens import MAX_TOKENS, TokenType, shown
 
 _MAX_FILE = 64 << 20  # bytes; Gemma's, the largest in use, has five million
 _MAX_PIECE = 1 << 12  # bytes of one token
+_MAX_OTHER = 64  # fields of the model beside its pieces; there are five
+_MAX_IN_PIECE, _MAX_IN_SPEC = 4, 1 << 14  # fields: a piece has three, a specification one for every symbol it names
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
 _UNIGRAM = 1
 _WHAT = "SentencePiece model"
@@ -60,12 +62,15 @@ def read_sentencepiece_model(path: Path) -> SentencePieceModel:
     """
     data = read_bytes(path, _WHAT, _MAX_FILE)
     pieces: list[Piece] = []
-    unigram, prefix = True, True  # what is left out has the default of its message
+    unigram, prefix, others = True, True, 0  # what is left out has the default of its message
     try:
-        for tag, value in _fields(data, 0, len(data)):
+        for tag, value in _fields(data, 0, len(data), MAX_TOKENS + _MAX_OTHER):
             if tag == 1 and isinstance(value, tuple):
                 pieces.append(_piece(data, value, len(pieces)))
-            elif tag == 2 and isinstance(value, tuple):
+                continue
+            others += 1
+            _check_others(others)
+            if tag == 2 and isinstance(value, tuple):
                 unigram = _last(data, value, 3, _UNIGRAM) == _UNIGRAM
             elif tag == 3 and isinstance(value, tuple):
                 prefix = _last(data, value, 3, 1) != 0
@@ -79,9 +84,12 @@ class _DamagedError(ValueError):
     """What is wrong with the bytes."""
 
 
-def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int | bytes | tuple[int, int]]]:
-    """The fields of a message: tag, and the number, the fixed bytes, or where the bytes lie."""
+def _fields(data: bytes, at: int, end: int, most: int) -> Iterator[tuple[int, int | bytes | tuple[int, int]]]:
+    """The fields of a message, so many at most: tag, and the number, the fixed bytes, or where the bytes lie."""
     while at < end:
+        most -= 1
+        if most < 0:
+            raise _DamagedError(f"at byte {at} a message goes on that has more fields than any in use")
         key, at = _varint(data, at, end)
         tag, wire = key >> 3, key & 7
         if tag == 0:
@@ -121,7 +129,7 @@ def _piece(data: bytes, place: tuple[int, int], number: int) -> Piece:
     if number >= MAX_TOKENS:
         raise _DamagedError(f"more than {MAX_TOKENS} pieces")
     text, score, kind = b"", 0.0, int(TokenType.NORMAL)
-    for tag, value in _fields(data, *place):
+    for tag, value in _fields(data, *place, _MAX_IN_PIECE):
         if tag == 1 and isinstance(value, tuple):
             text = data[value[0] : value[1]]
         elif tag == 2 and isinstance(value, bytes) and len(value) == 4:
@@ -137,9 +145,14 @@ def _piece(data: bytes, place: tuple[int, int], number: int) -> Piece:
     return Piece(text, score, TokenType(kind))
 
 
+def _check_others(count: int) -> None:
+    if count > _MAX_OTHER:
+        raise _DamagedError(f"more than {_MAX_OTHER} fields that are no pieces")
+
+
 def _last(data: bytes, place: tuple[int, int], wanted: int, default: int) -> int:
     """A number of a message; the last one counts."""
-    found = [value for tag, value in _fields(data, *place) if tag == wanted and isinstance(value, int)]
+    found = [value for tag, value in _fields(data, *place, _MAX_IN_SPEC) if tag == wanted and isinstance(value, int)]
     return found[-1] if found else default
 
 

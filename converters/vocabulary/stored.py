@@ -38,20 +38,24 @@ _TYPES, _SCORES = "tokenizer.ggml.token_type", "tokenizer.ggml.scores"
 _LISTS = {_TOKENS: Kind.STRING, _TYPES: Kind.INT32, _SCORES: Kind.FLOAT32}
 
 
-def vocabulary_from_gguf(path: Path, rows: int) -> Vocabulary:
+def vocabulary_from_gguf(path: Path, rows: int, architecture: str | None = None) -> Vocabulary:
     """Every `tokenizer.*` key of a GGUF file, byte for byte; of a split model, its first file.
 
     With fewer tokens than the embedding has rows, as before padding, unused ones follow: llama.cpp wants one for each.
 
     Args:
         rows: of the embedding.
+        architecture: GGUF's name of the model's; None: whatever the file has.
 
     Raises:
         FileMissingError: it can't be read. FormatError: it is damaged. UnsupportedError: big-endian.
-        MismatchError: it has no vocabulary, or one with more tokens than the embedding has rows.
+        MismatchError: it has no vocabulary, or one with more tokens than the embedding has rows; or it is of a model
+            of another architecture.
     """
     header = read_gguf_header(path, whole=False)
+    _check_architecture(header, architecture)
     size = _size(header, rows)
+    _check_lists(header)
     if size == rows:
         return Vocabulary(_copied(header), size, (), (path,))
     table = _table(header)
@@ -77,7 +81,7 @@ def extended_vocabulary(header: GgufHeader, tokenizer_directory: Path, rows: int
     table = _table(header)
     _pad(table, rows)
     sources = TokenizerSources(tokenizer_directory, {})
-    known = _known_tokens(sources, rows)
+    known = known_tokens(sources, rows)
     _check_same(table, known, sources)
     new = [number for number, (_, kind) in known.items() if kind != TokenType.UNUSED and _is_free(table, number)]
     for number in new:
@@ -85,6 +89,13 @@ def extended_vocabulary(header: GgufHeader, tokenizer_directory: Path, rows: int
     table.entries("", "")  # checks that no token stands twice
     notes = () if new or size == rows else (f"{tokenizer_directory} has no tokens beyond the model's {size}",)
     return Vocabulary(_replaced(header, table), rows, notes, (header.path, *sources.used()))
+
+
+def _check_architecture(header: GgufHeader, wanted: str | None) -> None:
+    found = header.value("general.architecture")
+    if wanted is not None and isinstance(found, str) and _TOKENS in header.entries and found != wanted:
+        told = f"is of a model of the architecture {shown(found)}, expected {wanted!r}"
+        raise MismatchError(f"{told}; take the vocabulary from a GGUF file of the same model", file=header.path)
 
 
 def _size(header: GgufHeader, rows: int) -> int:
@@ -124,11 +135,9 @@ def _copied(header: GgufHeader) -> tuple[tuple[str, bytes], ...]:
     return tuple(found)
 
 
-def _table(header: GgufHeader) -> TokenTable:
-    """The lists that grow with the vocabulary."""
-    entries = dict(_copied(header))
-    count = header.entries[_TOKENS].count
-    lists: dict[str, bytes] = {}
+def _check_lists(header: GgufHeader) -> list[str]:
+    """The lists that are there; raises FormatError where one has another length or type than llama.cpp expects."""
+    count, found = header.entries[_TOKENS].count, []
     for key, item in _LISTS.items():
         entry = header.entries.get(key)
         if entry is None:
@@ -136,7 +145,18 @@ def _table(header: GgufHeader) -> TokenTable:
         if entry.item is not item or entry.count != count:
             told = f"{key} holds {entry.count} values, expected {count} of type {item.name}"
             raise FormatError(told, file=header.path)
-        lists[key] = entries[key][-entry.nbytes :] if entry.nbytes else b""
+        found.append(key)
+    return found
+
+
+def _table(header: GgufHeader) -> TokenTable:
+    """The lists that grow with the vocabulary."""
+    entries = dict(_copied(header))
+    count = header.entries[_TOKENS].count
+    lists: dict[str, bytes] = {}
+    for key in _check_lists(header):
+        nbytes = header.entries[key].nbytes
+        lists[key] = entries[key][-nbytes:] if nbytes else b""
     types = list(struct.unpack(f"<{count}i", lists[_TYPES])) if _TYPES in lists else [int(TokenType.NORMAL)] * count
     scores = list(struct.unpack(f"<{count}f", lists[_SCORES])) if _SCORES in lists else None
     return TokenTable(header.path, strings_of(lists[_TOKENS], count), types, scores)
@@ -159,8 +179,25 @@ def _replaced(header: GgufHeader, table: TokenTable) -> tuple[tuple[str, bytes],
     return tuple((kept | new).items())
 
 
-def _known_tokens(sources: TokenizerSources, rows: int) -> Mapping[int, tuple[bytes, TokenType]]:
-    """A directory's tokens by number."""
+def stored_tokens(header: GgufHeader) -> Mapping[int, tuple[bytes, TokenType]]:
+    """A GGUF model's tokens by number, those of an unknown type as normal ones.
+
+    Raises:
+        MismatchError: it has no vocabulary. FormatError: it is damaged.
+    """
+    if _TOKENS not in header.entries or header.entries[_TOKENS].item is not Kind.STRING:
+        raise MismatchError("has no vocabulary (tokenizer.ggml.tokens)", file=header.path)
+    table, known = _table(header), set(TokenType)
+    listed = enumerate(zip(table.tokens, table.types, strict=True))
+    return {number: (token, TokenType(kind) if kind in known else TokenType.NORMAL) for number, (token, kind) in listed}
+
+
+def known_tokens(sources: TokenizerSources, rows: int) -> Mapping[int, tuple[bytes, TokenType]]:
+    """A directory's tokens by number, whatever its pre-tokenizer.
+
+    Raises:
+        FileMissingError: it has no tokenizer. FormatError: a file is damaged.
+    """
     tokenizer = sources.tokenizer_json
     if tokenizer is not None and not is_like_sentencepiece(tokenizer):
         table = bpe_tokens(sources, tokenizer, rows)

@@ -19,6 +19,7 @@ PADDING_SCORE, ADDED_SCORE = -10000.0, -1000.0
 _SPACE = "▁"  # what SentencePiece has for a space
 
 _PREFIX = "tokenizer.ggml."
+_TYPES = _PREFIX + "token_type"
 _LIST_HEAD = 16  # bytes before a list's items: two types and a count
 
 
@@ -67,8 +68,9 @@ class TokenTable:
     def of(cls, vocabulary: Vocabulary, file: Path) -> TokenTable:
         """The tokens and types of a finished vocabulary."""
         entries, count = dict(vocabulary.entries), vocabulary.size
-        lists = [entries[key][8 + len(key) + _LIST_HEAD :] for key in (_PREFIX + "tokens", _PREFIX + "token_type")]
-        return cls(file, strings_of(lists[0], count), list(struct.unpack(f"<{count}i", lists[1])))
+        lists = [entries.get(key, b"")[8 + len(key) + _LIST_HEAD :] for key in (_PREFIX + "tokens", _TYPES)]
+        types = list(struct.unpack(f"<{count}i", lists[1])) if lists[1] else [int(TokenType.NORMAL)] * count
+        return cls(file, strings_of(lists[0], count), types)
 
     @classmethod
     def padded(cls, file: Path, rows: int, *, scored: bool) -> TokenTable:

@@ -53,7 +53,7 @@ BELOW = {"assets/logo.png", "templates/deep/tool.jinja"}
 
 def test_what_goes_along_and_what_stays(tmp_path: Path) -> None:
     source = furnished(save_model(tmp_path / "source", weights(SIZES, 1), config(SIZES)))
-    plan = plan_checkpoint(open_checkpoint(source), [])
+    plan = plan_checkpoint(open_checkpoint(source))
     assert set(plan.companions.copied) == FLAT | BELOW | {"README.original.md", "link_inside.txt"}
     assert set(plan.left_out) == {
         "pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.safetensors", "model-Q4_K_M.gguf",
@@ -121,7 +121,7 @@ def test_a_single_file_takes_what_belongs_to_it(tmp_path: Path) -> None:
 def test_places_that_would_be_a_loss_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_model(tmp_path / "models" / "source", weights(SIZES, 1), config(SIZES))
     base = save_model(tmp_path / "base", {"w": torch.ones(2, 2)}, config(SIZES))
-    plan = plan_checkpoint(open_checkpoint(source), [])
+    plan = plan_checkpoint(open_checkpoint(source))
     (tmp_path / "link").symlink_to(source)
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
@@ -130,13 +130,13 @@ def test_places_that_would_be_a_loss_are_refused(tmp_path: Path, monkeypatch: py
         with pytest.raises(OutputPathError):
             check_model_directory(plan, tmp_path / place, [base], force=True)
     check_model_directory(plan, tmp_path / "models" / "out", [base], force=False)
-    single = plan_checkpoint(open_checkpoint(source / "model.safetensors"), [])
+    single = plan_checkpoint(open_checkpoint(source / "model.safetensors"))
     check_model_directory(single, source / "out", force=False)
 
 
 def test_force_replaces_a_model_and_nothing_more(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", weights(SIZES, 1), config(SIZES))
-    plan = plan_checkpoint(open_checkpoint(source), [])
+    plan = plan_checkpoint(open_checkpoint(source))
     target = tmp_path / "out"
     write(source, target, {})
     with pytest.raises(OutputPathError, match="--force"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from converters import gguf_rounding, libggml
+from converters import fingerprint, gguf_rounding, libggml
 from converters.ahead import ahead
 from converters.errors import FileMissingError, FormatError, MismatchError, OutputPathError, UnsupportedError
 from converters.gguf_file import entry_bytes, text, uint32
@@ -213,3 +214,28 @@ def test_sources_that_are_gone_shorter_or_the_target_itself(tmp_path: Path) -> N
         with pytest.raises(error):
             write_gguf_model(tmp_path / "out.gguf", ENTRIES, [tensor], force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["short"]
+
+
+@pytest.mark.parametrize("split", [None, 24 << 20])
+def test_the_hash_is_known_when_a_large_file_is_written(
+    split: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, copied = values(3, 3000, 1024), values(4, 5 << 20).numpy().tobytes()
+    (tmp_path / "source").write_bytes(b"..." + copied)
+    stored = Stored(((tmp_path / "source", 3, len(copied)),))
+    tensors = [
+        rounded("half", weight, Type.F16),
+        ModelTensor("copied", (5 << 20,), Type.F32, stored, tmp_path / "source"),
+        rounded("vector", values(5, 9), Type.F32),
+        rounded("whole", values(6, 5000, 1024), Type.F32),
+    ]
+    write_gguf_model(tmp_path / "out.gguf", ENTRIES, tensors, force=False, split_max_size=split)
+    large = [path for path in tmp_path.glob("out*.gguf") if path.stat().st_size > 16 << 20]
+    assert len(large) == (1 if split is None else 2)
+    expected = [hashlib.sha256(path.read_bytes()).hexdigest() for path in large]
+    monkeypatch.setattr(hashlib, "file_digest", _read_again)
+    assert [fingerprint.sha256_file(path) for path in large] == expected
+
+
+def _read_again(*_: object) -> None:
+    raise AssertionError("the file was read again")

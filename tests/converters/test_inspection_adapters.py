@@ -116,6 +116,26 @@ def test_everything_that_other_commands_leave_out_is_told_beside_what_they_refus
     assert set(losses) < set(found.warnings) and refusal(tmp_path / "all").message in told(found)
 
 
+def test_what_merge_uses_beside_pairs_is_told_by_kind(tmp_path: Path) -> None:
+    """PEFT's names for what is trained whole; what is broken about it is a warning."""
+    lost = {name: shape for name, shape in LOST.items() if "lm_head" not in name}
+    notes = inspect_path(save_adapter(tmp_path / "a", pairs({MODULE: (64, 64)}, 1) | zeros(lost), adapter_config(
+        trainable_token_indices=[1], lora_bias=True, bias="all"))).notes  # fmt: skip
+    for name, kind in (
+        ("model.norm.weight", "merge puts them in the place"),
+        (f"{MODULE}.bias", "merge adds them"),
+        ("model.embed_tokens.weight, rows 1", "merge puts these rows"),
+    ):
+        assert any(name in note and kind in note for note in notes), name
+    twice = {"base_model.model.model.norm.modules_to_save.weight": (60,), "base_model.model.model.norm.weight": (64,)}
+    broken = save_adapter(tmp_path / "b", pairs({MODULE: (64, 64)}, 1) | zeros(twice), adapter_config())
+    found = inspect_path(broken)
+    assert not any("merge puts" in note for note in found.notes)
+    with pytest.raises(InputError) as caught:
+        _ = open_peft(broken).whole
+    assert caught.value.message in told(found)
+
+
 def test_dora_is_a_note_and_its_pairs_are_told(tmp_path: Path) -> None:
     tensors = pairs(SIZES.modules(), 1)
     lengths = {f"base_model.model.{name}.lora_magnitude_vector": torch.ones(out) for name, (out, _) in

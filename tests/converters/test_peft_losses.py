@@ -119,7 +119,8 @@ def test_an_adapted_head_s_own_weight_and_bias(tmp_path: Path) -> None:
     adapter = open_with(tmp_path, [f"{P}lm_head.base_layer.weight", f"{P}lm_head.base_layer.bias"])
     assert dict(adapter.frozen_tables) == {"lm_head": f"{P}lm_head.base_layer.weight"}
     assert adapter.losses == ()
-    assert adapter.notes == (f"the base model's own, saved along and left out: {P}lm_head.base_layer.bias",)
+    told = "the base model's own, saved along and no part of its update"
+    assert adapter.notes == (f"{told}: {P}lm_head.base_layer.bias",)
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ HEAD = {"lm_head": (SIZES.vocab, SIZES.hidden)}
 
 def test_tied_embeddings_that_are_assumed_are_told_as_such(tmp_path: Path) -> None:
     source = peft(tmp_path / "adapter", HEAD)
-    silent = configured(tmp_path / "silent", tie_word_embeddings=None)
+    silent = configured(tmp_path / "silent", tie_word_embeddings=None, model_type=None)
     kind, message = refused(source, "--out", tmp_path / "out.gguf", "--base", silent)
     assert kind == "unsupported" and "assumed" in message and '"tie_word_embeddings": false' in message
     assert str(silent / "config.json") in message
@@ -204,7 +204,8 @@ def test_tied_embeddings_that_are_assumed_are_told_as_such(tmp_path: Path) -> No
     header = write_gguf_model(tmp_path / "header.gguf", {}, SETTINGS)
     kind, message = refused(source, "--out", tmp_path / "out.gguf", "--base", header)
     assert kind == "unsupported" and "assumed" in message and "config.json" in message
-    for base in (configured(tmp_path / "untied"), whole_model(tmp_path / "whole.gguf")):
+    llama = configured(tmp_path / "llama", tie_word_embeddings=None)  # whose class has two tables if nothing is said
+    for base in (configured(tmp_path / "untied"), llama, whole_model(tmp_path / "whole.gguf")):
         assert run(source, "--out", tmp_path / "out.gguf", "--base", base, "--force")["exit"] == 0
     assert run(source, "--out", tmp_path / "peft", "--base", silent)["exit"] == 0, "PEFT can keep it"
 

@@ -39,6 +39,7 @@ from converters.errors import LlamaError
 from converters.quantizer import quantize_gguf
 from safelora_gguf.cli import app
 from safelora_gguf.extrapolate import extrapolate_models
+from safelora_gguf.model_conversion import convert_model
 
 HEADS = {"attn_q": 4, "attn_k": 2}
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -237,6 +238,18 @@ def gguf_of(source: Path, target: Path) -> Path:
     return write_gguf_model(target, load_file(source / "model.safetensors"), settings, QType.F16)
 
 
+@pytest.mark.parametrize("rank", [6, 0])
+def test_a_safetensors_model_as_gguf(rank: int, tmp_path: Path) -> None:
+    """Without a directory in between: what that would be converted to, but for rounding; tensors are told by name."""
+    told = model(tmp_path / "lox.gguf", "--rank", rank)
+    assert told["exit"] == 0 and [file.name for file in tmp_path.iterdir()] == ["lox.gguf"]
+    model(tmp_path / "lox", "--rank", rank)
+    convert_model(tmp_path / "lox", tmp_path / "converted.gguf")
+    assert worst(in_gguf(tmp_path / "lox.gguf"), in_gguf(tmp_path / "converted.gguf")) < 1e-4
+    assert all(1e-5 < tensor["stored_error"] < 1e-3 for tensor in told["tensors"] if tensor["alignment_norm"])
+    assert {tensor["name"] for tensor in told["tensors"]} <= in_gguf(tmp_path / "lox.gguf").keys()
+
+
 @pytest.mark.llama
 @pytest.mark.parametrize("source", ["float", "Q8_0"])
 def test_another_type_through_llama_cpps_quantizer(source: str, q8_0: Path, tmp_path: Path) -> None:
@@ -260,7 +273,7 @@ def test_a_type_that_needs_an_importance_matrix_is_refused_beforehand(tmp_path: 
 
 def test_a_quantizer_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """IQ1_S can't be made without an importance matrix, which llama.cpp finds out by itself."""
-    monkeypatch.setattr("safelora_gguf.extrapolate_model.check_quantizer", lambda wanted: None)
+    monkeypatch.setattr("converters.model_output_gguf.check_quantizer", lambda *_: None)
     target = tmp_path / "lox.gguf"
     with pytest.raises(LlamaError) as caught:
         extrapolate_models(BASE, GGUF, target, form="model", outtype="IQ1_S")

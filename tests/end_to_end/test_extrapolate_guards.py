@@ -50,7 +50,6 @@ def test_options_out_of_range(status: int, option: str, value: object, tmp_path:
 
 def test_options_that_contradict_the_form(tmp_path: Path) -> None:
     refused(model(tmp_path / "lox", "--to", "peft"), 2, "--to")
-    refused(model(tmp_path / "lox.gguf"), 2, "directory")
     refused(run(BASE, GGUF, tmp_path / "lox", "--as", "model"), 2, ".gguf")
     refused(model(tmp_path / "lox", "--outtype", "Q4_K_M"), 2, "Q4_K_M")
     refused(run(BASE, GGUF, tmp_path / "lox.gguf", "--as", "model", "--outtype", "q4_z"), 2, "q4_z")

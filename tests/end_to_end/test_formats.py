@@ -293,6 +293,16 @@ def test_a_mix_without_a_table_says_what_to_convert(mix: tuple[str, str, str], a
     assert advice in told["error"]["message"]
 
 
+def test_a_mix_with_a_family_that_is_converted_here_names_the_command(tmp_path: Path) -> None:
+    weight, name = np.ones((32, 32)), "blk.0.attn_q.weight"
+    lora = {name: (np.ones((4, 32)), np.ones((32, 4)))}
+    _, aligned, adapter = write_trio(tmp_path / "gguf", "plamo7", {name: (weight, weight + 1)}, lora)
+    sizes = Sizes(hidden=32, ffn=32, layers=1)
+    base = save_model(tmp_path / "base", weights(sizes, 1), config(sizes))
+    told = invoke("project", "--base", base, "--aligned", aligned, "--adapter", adapter, "--out", tmp_path / "o.gguf")
+    assert told["exit"] == 3 and f"convert {base} with safelora-gguf convert model" in told["error"]["message"]
+
+
 def test_an_adapter_without_alpha_is_unscaled_and_stays_so(tmp_path: Path) -> None:
     """llama.cpp applies B @ A as it is where alpha is missing."""
     random = np.random.default_rng(1)
