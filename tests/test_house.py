@@ -15,6 +15,7 @@ KERNELS = [
     "safelora_gguf/low_rank.py",
     "safelora_gguf/triplets.py",
     "safelora_gguf/noise.py",
+    "safelora_gguf/merging/kernels.py",
     "converters/products.py",
 ]
 
