@@ -23,43 +23,62 @@ if TYPE_CHECKING:
     from safelora_gguf.demo import DemoReport, run_demo
     from safelora_gguf.extrapolate import extrapolate_models
     from safelora_gguf.extrapolate_report import ExtrapolateReport
+    from safelora_gguf.merge import merge_adapters
+    from safelora_gguf.merging.report import MergeReport
+    from safelora_gguf.model_conversion import convert_model
+    from safelora_gguf.model_conversion_report import ConvertModelReport
     from safelora_gguf.project import project_adapter
+    from safelora_gguf.recipe import RunReport, read_recipe, run_recipe
     from safelora_gguf.report import ProjectReport
     from safelora_gguf.selection import Selection
     from safelora_gguf.smoke import SmokeReport, smoke_test
 
 _HOMES = {
+    "ConvertModelReport": "safelora_gguf.model_conversion_report",
     "ConvertReport": "safelora_gguf.convert",
     "DemoReport": "safelora_gguf.demo",
     "ExtrapolateReport": "safelora_gguf.extrapolate_report",
     "Error": "converters.errors",
     "Inspection": "converters.inspection",
+    "MergeReport": "safelora_gguf.merging.report",
     "ProjectReport": "safelora_gguf.report",
+    "RunReport": "safelora_gguf.recipe",
     "Selection": "safelora_gguf.selection",
     "SmokeReport": "safelora_gguf.smoke",
     "convert_adapter": "safelora_gguf.convert",
+    "convert_model": "safelora_gguf.model_conversion",
     "extrapolate_models": "safelora_gguf.extrapolate",
     "inspect_path": "converters.inspection",
+    "merge_adapters": "safelora_gguf.merge",
+    "read_recipe": "safelora_gguf.recipe",
+    "run_recipe": "safelora_gguf.recipe",
     "run_demo": "safelora_gguf.demo",
     "project_adapter": "safelora_gguf.project",
     "smoke_test": "safelora_gguf.smoke",
 }
 
 __all__ = [
+    "ConvertModelReport",
     "ConvertReport",
     "DemoReport",
     "Error",
     "ExtrapolateReport",
     "Inspection",
+    "MergeReport",
     "ProjectReport",
+    "RunReport",
     "Selection",
     "SmokeReport",
     "__version__",
     "convert_adapter",
+    "convert_model",
     "extrapolate_models",
     "inspect_path",
+    "merge_adapters",
     "project_adapter",
+    "read_recipe",
     "run_demo",
+    "run_recipe",
     "smoke_test",
 ]
 

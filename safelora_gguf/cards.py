@@ -51,10 +51,14 @@ def check_desktop_files(out: Path, *, force: bool, inputs: Sequence[Path] = ()) 
     if not out.name.isprintable():
         told = "has letters in its name that no Modelfile can hold; choose another name, or leave out --card"
         raise OutputPathError(told, file=ascii(str(out)))
-    for name in (f"{stem_of(out)}.md", f"{stem_of(out)}.Modelfile"):
-        target = out.with_name(name)
+    for target in desktop_paths(out):
         refuse_to_overwrite(target, [*inputs, *(path / _README for path in inputs), out])
         check_target(target, force=force)
+
+
+def desktop_paths(out: Path) -> tuple[Path, Path]:
+    """Where card and Modelfile of a GGUF file go."""
+    return out.with_name(f"{stem_of(out)}.md"), out.with_name(f"{stem_of(out)}.Modelfile")
 
 
 def desktop_files(

@@ -5,18 +5,24 @@ Nothing heavy is imported before a command runs: --help and --version answer at 
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
 from safelora_gguf._version import __version__
 from safelora_gguf.commands.convert_adapter import convert_adapter
+from safelora_gguf.commands.convert_model import convert_model
 from safelora_gguf.commands.demo import demo
 from safelora_gguf.commands.extrapolate import extrapolate
 from safelora_gguf.commands.inspect import inspect
+from safelora_gguf.commands.merge import merge
 from safelora_gguf.commands.options import as_command
 from safelora_gguf.commands.project import project
+from safelora_gguf.commands.run import run
 from safelora_gguf.commands.smoke import smoke
+
+_WAITING = "OMP_WAIT_POLICY"
 
 app = typer.Typer(
     name="safelora-gguf",
@@ -26,14 +32,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-convert = typer.Typer(
-    help="Convert adapters, PEFT or MLX to GGUF and GGUF to PEFT, each with its true strength.", no_args_is_help=True
-)
+convert = typer.Typer(help="Convert adapters (PEFT, MLX, GGUF) and models (safetensors, GGUF).", no_args_is_help=True)
 app.add_typer(convert, name="convert")
 
 app.command("project")(as_command("project", project))
 app.command("extrapolate")(as_command("extrapolate", extrapolate))
 convert.command("adapter")(as_command("convert adapter", convert_adapter))
+convert.command("model")(as_command("convert model", convert_model))
+app.command("merge")(as_command("merge", merge))
+app.command("run")(as_command("run", run))
 app.command("smoke")(as_command("smoke", smoke))
 app.command("inspect")(as_command("inspect", inspect))
 app.command("demo")(as_command("demo", demo))
@@ -41,6 +48,10 @@ app.command("demo")(as_command("demo", demo))
 
 def main() -> None:
     """The entry point of the console script."""
+    if _WAITING not in os.environ:
+        # libgomp's threads spin where they wait: on a busy machine they take most of the time from each other. Children
+        # that run llama.cpp, whose threads meet thousands of times for a token, do without.
+        os.environ[_WAITING] = "PASSIVE"
     app()
 
 

@@ -70,6 +70,12 @@ def warn(sentences: Sequence[str]) -> None:
         sys.stderr.write("".join(f"{line}\n" for line in lines))
 
 
+def step_line(place: int, count: int, name: str, done: bool) -> None:
+    """A line on stderr before a recipe's step; a stderr that is gone or full changes nothing about the result."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"[{place}/{count}] {printable(name)}{': complete already' if done else ''}\n")
+
+
 @contextlib.contextmanager
 def progress_bar(*, unit: str, shown: bool) -> Iterator[Step | None]:
     """A bar on stderr for the block, as a callback; None where nobody would see it.

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from safelora_gguf.commands.inputs import choice
-from safelora_gguf.commands.options import Force, Json, Out, Strict, To, Verbose, file_option
+from safelora_gguf.commands.inputs import check_card, choice, save_card
+from safelora_gguf.commands.options import Card, Force, Json, Out, Strict, To, Verbose, file_option
 from safelora_gguf.outcome import Outcome
 
 
@@ -26,6 +26,7 @@ def convert_adapter(
     rank: Annotated[
         int | None, typer.Option("--rank", "--dora-rank", help="Rank for a DoRA adapter (default: 1 % error).")
     ] = None,
+    card: Card = False,
     strict: Strict = False,
     dry_run: Annotated[bool, typer.Option(help="Check all headers, write nothing.")] = False,
     force: Force = False,
@@ -38,10 +39,12 @@ def convert_adapter(
     from safelora_gguf.tables import convert_summary, convert_table
     from safelora_gguf.terminal import rendered, warn
 
+    check_card(card, out, to, force, (source, *((base,) if base else ())))
     result = converted(
         source, out, base=base, outtype=outtype, to=choice(to, "to", ("gguf", "peft", None)), rank=rank,
         strict=strict, force=force, dry_run=dry_run,
     )  # fmt: skip
+    save_card(result.to_json(), card, (source, *((base,) if base else ())), force)
     warn(() if quiet else result.losses)
     text = partial(rendered, convert_table(result), convert_summary(result, notes=not quiet))
     return Outcome(text, result.to_json())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from safelora_gguf.commands.inputs import choice, replaced, report_path, save_report
+from safelora_gguf.commands.inputs import choice, invocation, replaced, report_path, save_report
 from safelora_gguf.commands.options import Device, Force, Json, Out, Quiet, To, Verbose, file_option
 from safelora_gguf.outcome import Outcome
 
@@ -40,7 +39,6 @@ def extrapolate(
 
     Default: a LoRA adapter of a few megabytes for the aligned model, whose scale 1 means COEF.
     """
-    from converters.model_card import command_line
     from safelora_gguf.extrapolate import extrapolate_models
     from safelora_gguf.tables import extrapolate_summary, extrapolate_table
     from safelora_gguf.terminal import progress_bar, rendered, warn
@@ -52,7 +50,7 @@ def extrapolate(
             base, aligned, out, rank=rank, coef=coef, form=choice(form, "as", ("adapter", "model")),
             outtype=outtype, to=choice(to, "to", ("gguf", "peft", None)), tolerance=tolerance, device=device,
             allow_noisy_reference=allow_noisy_reference, card=card, force=force, dry_run=dry_run,
-            invocation=command_line(["safelora-gguf", *sys.argv[1:]]), progress=progress,
+            invocation=invocation(), progress=progress,
         )  # fmt: skip
     warn(() if quiet else result.losses)
     save_report(result.to_json(), None if dry_run else target, force)

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+_SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)([KMGT]?)B?", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
 if TYPE_CHECKING:
     from safelora_gguf.selection import Selection
+    from safelora_gguf.unwritten import Unwritten
+
+
+_INVOCATION = ContextVar[Sequence[str] | None]("invocation", default=None)
+
+
+@contextlib.contextmanager
+def invoked_as(words: Sequence[str]) -> Iterator[None]:
+    """Commands that are called in the block were not typed one by one: cards name these words instead."""
+    token = _INVOCATION.set(words)
+    try:
+        yield
+    finally:
+        _INVOCATION.reset(token)
+
+
+def invocation() -> str:
+    """The command line, for cards."""
+    from converters.model_card import command_line
+
+    return command_line(_INVOCATION.get() or ["safelora-gguf", *sys.argv[1:]])
 
 
 def selection_of(threshold: float | None, number: int | None, ratio: float | None, every: bool) -> Selection | None:
@@ -44,6 +72,22 @@ def split_label(text: str) -> tuple[str, str | None]:
     return (text, None) if not separator or Path(text).exists() else (path, label)
 
 
+def size_of(text: str | None) -> int | None:
+    """Bytes from a number with K, M, G or T (powers of 1000, as llama.cpp's splitter counts) behind it.
+
+    Raises:
+        UsageError: it is no such size.
+    """
+    from converters.errors import UsageError
+
+    if text is None:
+        return None
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or not 0 < (size := round(float(match[1]) * _UNITS[match[2].upper()])) < 1 << 60:
+        raise UsageError(f"--split-max-size is {text!r}, expected a size like 5G or 500M")
+    return size
+
+
 def report_path(report: Path | None, force: bool, others: Sequence[Path]) -> Path | None:
     """The report's path once it may be written there; checked before the work, not after.
 
@@ -65,11 +109,33 @@ def report_path(report: Path | None, force: bool, others: Sequence[Path]) -> Pat
     return report
 
 
+def places_of(model: Path | Unwritten) -> tuple[Path, ...]:
+    """Where a model comes from: the path itself, or what a recipe made it from that keeps it in memory."""
+    return (model,) if isinstance(model, Path) else tuple(Path(entry.path) for entry in model.inputs)
+
+
 def replaced(out: str, to: str | None) -> tuple[Path, ...]:
     """What an adapter's output takes the place of; nothing that is known yet where it goes into a directory."""
     from converters.adapters.plan import kind_of
 
     return () if kind_of(out, to) == "inside" else (Path(out),)
+
+
+def check_card(card: bool, out: str, to: str | None, force: bool, inputs: Sequence[Path]) -> None:
+    """Whether an adapter's card may be written, as far as its name is known; before the work, not after."""
+    from safelora_gguf.cards import check_desktop_files
+
+    for place in replaced(out, to) if card else ():
+        check_desktop_files(place, force=force, inputs=inputs)
+
+
+def save_card(data: Mapping[str, Any], card: bool, sources: Sequence[Path], force: bool) -> None:
+    """An adapter's card and Modelfile beside its GGUF file; a PEFT directory has its own card."""
+    from safelora_gguf.cards import write_desktop_files
+
+    output = Path(str((data.get("output") or {}).get("path", "")))
+    if card and output.is_file():
+        write_desktop_files(output, data, sources, invocation=invocation(), force=force)
 
 
 def save_report(data: Mapping[str, Any], report: Path | None, force: bool) -> None:

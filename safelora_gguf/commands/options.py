@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from functools import partial, wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,6 +30,12 @@ Out = Annotated[
     ),
 ]
 To = Annotated[str | None, typer.Option(help="gguf or peft, where --out doesn't say.")]
+ModelOut = Annotated[str, typer.Option(metavar="PATH", help="A .gguf file; else a directory for safetensors.")]
+Imatrix = Annotated[Path | None, file_option(help="Importance matrix for the quantization (llama-imatrix).")]
+VocabFrom = Annotated[Path | None, file_option(help="GGUF file of the same model, whose tokenizer to copy.")]
+SplitSize = Annotated[str | None, typer.Option(metavar="SIZE", help="Split the GGUF into files of at most 5G, 500M.")]
+Requantize = Annotated[bool, typer.Option("--allow-requantize", help="Quantize again what is quantized already.")]
+Card = Annotated[bool, typer.Option("--card", help="Write a model card, a Modelfile and the llama-server line beside.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 
 

@@ -7,8 +7,16 @@ from typing import Annotated
 
 import typer
 
-from safelora_gguf.commands.inputs import choice, replaced, report_path, save_report, selection_of
-from safelora_gguf.commands.options import Device, Force, Json, Out, Quiet, Strict, To, Verbose, file_option
+from safelora_gguf.commands.inputs import (
+    check_card,
+    choice,
+    replaced,
+    report_path,
+    save_card,
+    save_report,
+    selection_of,
+)
+from safelora_gguf.commands.options import Card, Device, Force, Json, Out, Quiet, Strict, To, Verbose, file_option
 from safelora_gguf.outcome import Outcome
 
 
@@ -29,6 +37,7 @@ def project(
     dora_rank: Annotated[int | None, typer.Option(help="Rank for a DoRA adapter (default: 1 % error).")] = None,
     strict: Strict = False,
     allow_noisy_reference: Annotated[bool, typer.Option(help="Use quantized references whatever their noise.")] = False,
+    card: Card = False,
     report: Annotated[Path | None, file_option(help="Write the report to this .json file too.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Check all headers, write nothing.")] = False,
     device: Device = "auto",
@@ -47,6 +56,7 @@ def project(
 
     selection = selection_of(threshold, number, ratio, project_all)
     target = report_path(report, force, (base, aligned, adapter, *replaced(out, to)))
+    check_card(card, out, to, force, (base, aligned, adapter))
     with progress_bar(unit="bytes", shown=not quiet) as progress:
         result = project_adapter(
             base, aligned, adapter, out, operator=choice(operator, "operator", ("paper", "subspace")), rank=rank,
@@ -55,5 +65,6 @@ def project(
             force=force, dry_run=dry_run, progress=progress,
         )  # fmt: skip
     warn(() if quiet else result.losses)
+    save_card(result.to_json(), card, (adapter, aligned), force)
     save_report(result.to_json(), None if dry_run else target, force)
     return Outcome(lambda: rendered(project_table(result), project_summary(result)), result.to_json())
