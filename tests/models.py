@@ -129,7 +129,7 @@ def adapter_config(r: int = 4, alpha: float = 8, **more: Any) -> dict[str, Any]:
         "base_model_name_or_path": None,
         "r": r,
         "lora_alpha": alpha,
-        "target_modules": [name.split(".")[1] for name in PROJECTIONS],
+        "target_modules": rf".*\.({'|'.join(name.split('.')[1] for name in PROJECTIONS)})",  # a list: of every layer
         **more,
     }
 

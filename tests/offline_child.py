@@ -1,9 +1,10 @@
 """Runs command lines one after another where transformers, the hub's clients and the network are out of reach.
 
-    python offline_child.py < COMMANDS > ANSWERS
+    python offline_child.py [MORE...] < COMMANDS > ANSWERS
 
-COMMANDS is a JSON list of argument lists; ANSWERS has {"exit", "told", "stderr", "network"} for each, `told` being
-the JSON object on standard output and `network` whether a connection was tried.
+MORE are packages that are out of reach, too. COMMANDS is a JSON list of argument lists; ANSWERS has {"exit", "told",
+"stderr", "network"} for each, `told` being the JSON object on standard output and `network` whether a connection was
+tried.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-FORBIDDEN = frozenset(
-    {"transformers", "peft", "huggingface_hub", "tokenizers", "accelerate", "requests", "httpx", "urllib3", "aiohttp"}
-)
+FORBIDDEN = {"transformers", "peft", "huggingface_hub", "tokenizers", "sentencepiece", "accelerate", "requests",
+             "httpx", "urllib3", "aiohttp"}  # fmt: skip
 
 
 class Absent(importlib.abc.MetaPathFinder):
@@ -64,10 +65,10 @@ def run(arguments: list[str]) -> dict[str, Any]:
     return {"exit": result.exit_code, "told": told, "stderr": result.stderr, "network": bool(_attempts)}
 
 
-def answers(commands: Sequence[Sequence[object]]) -> list[dict[str, Any]]:
-    """What a child process says to these command lines."""
+def answers(commands: Sequence[Sequence[object]], *without: str) -> list[dict[str, Any]]:
+    """What a child process says to these command lines, without these packages."""
     lines = json.dumps([[str(word) for word in command] for command in commands])
-    child = [sys.executable, __file__]
+    child = [sys.executable, __file__, *without]
     done = subprocess.run(child, input=lines, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found: list[dict[str, Any]] = json.loads(done.stdout)
@@ -75,6 +76,8 @@ def answers(commands: Sequence[Sequence[object]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    FORBIDDEN.update(sys.argv[1:])
+    sys.path[0] = str(Path(__file__).parents[1])  # beside this file lies a directory with the package's own name
     go_offline()
     json.dump([run(arguments) for arguments in json.load(sys.stdin)], sys.stdout)
 

@@ -15,16 +15,15 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hostile_adapters import ADAPTERS
 from hostile_configs import CONFIGS, PATHS
 from hostile_files import PAIRS, WEIGHTS, Case, gguf, safetensors, table_of, with_noise, write_directory
 from hostile_gguf import GGUF
+from hostile_process import Ask, Child, Outcome, check_cost, check_refusal, listing
 from hostile_safetensors import HEADERS
 
 from converters.safetensors_file import SafetensorsFile
@@ -34,44 +33,10 @@ CASES = {(table, name): case for table, cases in TABLES.items() for name, case i
 PARAMETERS = [pytest.param(*case, id=": ".join(case)) for case in CASES]
 ROLE_NAMES = ("base", "aligned", "adapter")
 ROLES = {"model": ("base", "aligned"), "adapter": ("adapter",)}
-SECONDS, BYTES = 5, 100 * 10**6
-HANG = 40
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]")
-JSON_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f]")  # what JSON escapes
-
-Outcome = dict[str, Any]
-Ask = Callable[..., Outcome]
-
-
-class Child:
-    """A `hostile_child`, killed when it takes too long over a command."""
-
-    def __init__(self) -> None:
-        root = Path(__file__).parents[2]
-        self._process = subprocess.Popen(
-            (sys.executable, Path(__file__).with_name("hostile_child.py")), stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(root), "NO_COLOR": "1"},
-        )  # fmt: skip
-
-    def ask(self, *arguments: object) -> Outcome:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        timer = threading.Timer(HANG, self._process.kill)
-        timer.start()
-        self._process.stdin.write(json.dumps([str(argument) for argument in arguments]) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        timer.cancel()
-        assert answer, f"hung for {HANG} seconds, or crashed: {arguments}"
-        outcome: Outcome = json.loads(answer)
-        return outcome
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+KEPT = {  # GGUF that is copied without being understood, or read as what it is
+    "type as number", "unknown type", "unknown type 2^32 - 1", "integers as weights", "a model",
+    "heads of 3 MB", "heads of 4000 digits",  # merging a plain matrix into safetensors asks for no heads
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +70,8 @@ def ask(children: list[Child], sound: dict[str, dict[str, Path]], tmp_path: Path
             assert (done := children[-1].ask(*_project(files, out)))["status"] == 0, done
             out.unlink()
             children[-1].ask("inspect", files["adapter"])
+            children[-1].ask(*_merge(files, out))
+            out.unlink(missing_ok=True)
         started = children[-1].ask("smoke", "--model", sound["gguf"]["base"], "--adapter", sound["gguf"]["adapter"])
         assert started["llama"] == (importlib.util.find_spec("llama_cpp") is not None), started
     yield children[-1].ask
@@ -116,11 +83,18 @@ def _project(files: dict[str, Path], out: Path) -> list[object]:
     return ["project", *roles, "--out", out, "--all", "--device", "cpu", "--json"]
 
 
+def _merge(files: dict[str, Path], out: Path) -> list[object]:
+    return ["merge", "--model", files["base"], "--adapter", files["adapter"], "--out", out, "--device", "cpu", "--json"]
+
+
 def _commands(table: str, kind: str, path: Path, sound: dict[str, dict[str, Path]], out: Path) -> list[list[object]]:
     """Every way to name the file."""
     layout = "gguf" if table == "gguf" else "safetensors"
     commands = [_project(sound[layout] | {role: path}, out) for role in ROLES[kind]]
     commands += [["inspect", path], ["inspect", path, "--json"]]
+    merged = out if table == "gguf" else out.with_suffix("")
+    commands.append(_merge(sound[layout] | {"base" if kind == "model" else "adapter": path}, merged))
+    commands.append(["convert", "model", path, "--out", out, "--json"])
     if table == "adapter":
         commands.append(["convert", "adapter", path, "--out", out, "--base", sound[layout]["base"], "--json"])
     if table in ("gguf", "path"):
@@ -136,34 +110,32 @@ def test_a_file_that_lies(table: str, name: str, ask: Ask, sound: dict[str, dict
         place, out = tmp_path / kind, tmp_path / "out.gguf"
         place.mkdir()
         path = case.make(place, "aligned" if kind == "model" else kind)
-        before = _listing(tmp_path)
+        before = listing(tmp_path)
         for command in _commands(table, kind, path, sound, out):
-            _check(case, kind, str(command[0]), ask(*command))
-            assert _listing(tmp_path) == before
+            outcome = ask(*command)
+            _check(case, kind, command, outcome, may_work=name in KEPT)
+            if outcome["status"] == 0:
+                shutil.rmtree(out.with_suffix(""), ignore_errors=True)
+                out.unlink(missing_ok=True)
+            assert listing(tmp_path) == before
         shutil.rmtree(place)
 
 
-def _listing(directory: Path) -> list[tuple[str, int, int]]:
-    found = [(path, path.lstat()) for path in sorted(directory.rglob("*"))]
-    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]
-
-
-def _check(case: Case, kind: str, command: str, outcome: Outcome) -> None:
-    told = f"{command}: {outcome}"
-    assert outcome["seconds"] < SECONDS and outcome["bytes"] < BYTES, told
-    control = JSON_CONTROL if outcome["stdout"].startswith("{") else CONTROL
-    assert not control.search(outcome["stdout"]) and not CONTROL.search(outcome["stderr"]), told
-    if command == "smoke" and case.smoke:  # rejected there without harm: the run fails, the others are measured
+def _check(case: Case, kind: str, command: list[object], outcome: Outcome, *, may_work: bool) -> None:
+    told = f"{command[:2]}: {outcome}"
+    name, into = command[0], command[1]
+    check_cost(outcome, told)
+    if name == "smoke" and case.smoke:  # rejected there without harm: the run fails, the others are measured
         return
     assert not outcome["llama"], told
-    expected = 0 if command == "inspect" and case.sound_as(kind) else 3
-    assert outcome["status"] == expected, told
-    assert "Traceback" not in outcome["stderr"], told
-    if expected == 3:
-        assert outcome["stderr"].count("\n") == 1 and 20 < outcome["length"] < 2500, told
-    if command in ("project", "convert"):
+    if may_work and (name, outcome["status"]) in {("merge", 0), ("convert", 0)}:
+        return
+    if name == "inspect" and case.sound_as(kind):
+        assert outcome["status"] == 0 and "Traceback" not in outcome["stderr"], told
+        return
+    check_refusal(outcome, told)
+    if name == "project" or into == "adapter":
         assert re.search(case.told, outcome["stderr"]), told
-        assert set(json.loads(outcome["stdout"])["error"]) == {"kind", "message", "file", "tensor"}
 
 
 def test_names_are_shown_as_text(ask: Ask, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Converting and projecting need neither transformers nor a network. Oracle: a process from which both are barred,
-and PEFT's formula scaling * B @ A on the numbers in the files."""
+"""Converting, projecting and merging need neither transformers nor a network. Oracle: a process from which both are
+barred, and PEFT's formula scaling * B @ A on the numbers in the files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ import offline_child
 import pytest
 import torch
 from gguf import GGUFReader
+from gguf.quants import dequantize
 from gguf_models import write_gguf_model
 from models import Sizes, Trio, adapter_config, config, pairs, save_adapter, save_trio
 from safetensors.torch import load_file, save_file
 
+from converters.ggml import QType
+
+FAMILY = Path(__file__).parents[2] / "safelora_gguf" / "tiny_family"
 SIZES = Sizes()
 QWEN = "Qwen2ForCausalLM"  # keeps its rows in GGUF
 DOWN = "model.layers.1.mlp.down_proj"
@@ -127,6 +131,65 @@ def test_a_base_that_only_a_hub_has_is_asked_for(done: tuple[Path, Trio, Mapping
 def test_nobody_so_much_as_tried(done: tuple[Path, Trio, Mapping[str, Mapping[str, Any]]]) -> None:
     assert [command for command, answer in done[2].items() if answer["network"]] == []
     assert done[2]["inspect"]["exit"] == 0
+
+
+@pytest.fixture(scope="module", params=[(), ("llama_cpp",)], ids=["with llama.cpp", "without"])
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Commands that write models, with and without llama-cpp-python."""
+    root = tmp_path_factory.mktemp("models")
+    stored = {kind: root / f"stored-{kind}.gguf" for kind in ("f32", "q8_0", "q4_0")}
+    quantized = root / "quantized.gguf"
+    write_gguf_model(stored["f32"], (trio := save_trio(root, architecture=QWEN)).aligned_tensors, config(SIZES, QWEN))
+    for kind, qtype in (("q8_0", QType.Q8_0), ("q4_0", QType.Q4_0)):
+        write_gguf_model(stored[kind], trio.aligned_tensors, config(SIZES, QWEN), qtype)
+    plain = ["merge", "--device", "cpu", "--adapter", trio.adapter]
+    recipe = f'[convert-model]\nsource = "{FAMILY / "aligned"}"\nout = "ran.gguf"\nouttype = "f16"\n'
+    (root / "r.toml").write_text(recipe)
+    commands: dict[str, list[object]] = {
+        "convert": ["convert", "model", FAMILY / "aligned", "--out", root / "model.gguf", "--outtype", "q8_0"],
+        "run": ["run", root / "r.toml", "--quiet"],
+        "merge": [*plain, "--model", trio.aligned, "--out", root / "merged"],
+        "convert to Q4_K_M": ["convert", "model", FAMILY / "aligned", "--out", quantized, "--outtype", "Q4_K_M"],
+        "merge to Q4_K_M": ["merge", "--model", FAMILY / "aligned", "--adapter", FAMILY / "adapter",
+                            "--out", root / "merged-q4.gguf", "--outtype", "Q4_K_M"],
+        **{f"merge {kind}": [*plain, "--model", path, "--out", root / f"{kind}.gguf"] for kind, path in stored.items()},
+    }  # fmt: skip
+    told = offline_child.answers([[*command, "--json"] for command in commands.values()], *request.param)
+    return root, dict(zip(commands, told, strict=True)) | {"without": request.param}
+
+
+def test_models_are_made_too(models: tuple[Path, dict[str, Any]]) -> None:
+    root, told = models
+    for command in ("convert", "run", "merge", "merge f32", "merge q8_0"):
+        assert told[command]["exit"] == 0, told[command]["stderr"]
+    assert not any(answer["network"] for command, answer in told.items() if command != "without")
+    merged = load_file(root / "merged" / "model.safetensors")[f"{DOWN}.weight"].double().numpy()
+    trio = load_file(root / "aligned" / "model.safetensors")[f"{DOWN}.weight"].double().numpy()
+    a, b = (load_file(root / "adapter" / "adapter_model.safetensors")[f"base_model.model.{DOWN}.lora_{half}.weight"]
+            .double().numpy() for half in "AB")  # fmt: skip
+    truth = trio + 2 * b @ a
+    for found, allowed in ((merged, 1e-6), (weight(root / "f32.gguf"), 1e-6), (weight(root / "q8_0.gguf"), 0.01)):
+        assert np.linalg.norm(found - truth) < allowed * np.linalg.norm(truth)
+
+
+def weight(path: Path) -> np.ndarray:
+    (found,) = (tensor for tensor in GGUFReader(path).tensors if tensor.name == GGUF_DOWN)
+    return dequantize(found.data, found.tensor_type).astype(np.float64)
+
+
+def test_only_what_llama_cpp_quantizes_needs_it(models: tuple[Path, dict[str, Any]]) -> None:
+    root, told = models
+    quantized = ("convert to Q4_K_M", "merge to Q4_K_M")
+    assert told["merge q4_0"]["exit"] == 0  # the gguf package rounds to it, too
+    if not told["without"]:
+        pytest.importorskip("llama_cpp")
+        assert [told[command]["exit"] for command in quantized] == [0, 0]
+        return
+    for command in quantized:
+        answer = told[command]
+        assert answer["exit"] == 3 and "llama-cpp-python" in answer["told"]["error"]["message"], (command, answer)
+        assert "pip install" in answer["told"]["error"]["message"] or "[smoke]" in answer["told"]["error"]["message"]
+    assert not list(root.glob("*q4*safelora*")) and not (root / "quantized.gguf").exists()
 
 
 @pytest.mark.parametrize(
