@@ -7,6 +7,8 @@
     python scripts/bench.py convert                     a large adapter, against copying its bytes
     python scripts/bench.py extrapolate                 a difference's rank-k part, against torch's full SVD
     python scripts/bench.py extrapolate-whole           a model of 2.2 GB, against copying its bytes
+    python scripts/bench.py convert-model               one of 2.2 GB to GGUF, against llama.cpp's converter
+    python scripts/bench.py merge                       an adapter into one of 2.2 GB, against PEFT
 
 `project` is measured against Safe LoRA as it was published, written out in plain torch (see bench_methods.py): time
 from opened inputs to written output, imports apart, and peak anonymous memory. Every run is a process of its own, the
@@ -20,14 +22,14 @@ Figures are worth keeping only from a machine that does nothing else: the load b
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import bench_checkpoints
 import bench_convert
 import bench_dequantize
 import bench_extrapolate
@@ -36,11 +38,11 @@ import bench_whole
 import torch
 import typer
 from bench_agreement import DisagreementError, check
-from bench_methods import METHODS, Request
-from bench_models import Files, Shape, make_files, make_references, warm
+from bench_inputs import model_files, reference_type, requests_for, say, type_named, whole_models
+from bench_models import Files, Shape, warm
 from bench_report import Report, markdown_table, place, plain_table
-from bench_runs import Machine, run_in_turns
-from gguf import GGMLQuantizationType as QType
+from bench_runs import Machine, Series, run_in_turns
+from bench_runs import Request as AnyRequest
 
 from converters.errors import UnsupportedError
 from converters.rounding import is_exact
@@ -48,27 +50,35 @@ from converters.rounding import is_exact
 _HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ", 1)  # the mark keeps click from filling the list's lines
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=_HELP, rich_markup_mode=None)
 
-_THRESHOLD = 0.35
 _PACKAGES = ("safelora-gguf", "torch", "safetensors", "numpy")
 _GGML_PACKAGES = ("gguf", "llama-cpp-python")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _Markdown = Annotated[bool, typer.Option("--markdown", help="Print a section for BENCHMARKS.md.")]
+_Layers = Annotated[int, typer.Option(min=1, help="Layers of the synthetic model.")]
+_Hidden = Annotated[int, typer.Option(min=512, help="Its width, a multiple of 512.")]
+_Runs = Annotated[int, typer.Option(min=1, help="Runs per method; five or more for figures to keep.")]
+_Threads = Annotated[int, typer.Option(min=1, help="Cores for every method.")]
+_Directory = Annotated[Path | None, typer.Option("--dir", help="Keep the model here, for later runs.")]
+_LlamaCpp = Annotated[
+    Path | None,
+    typer.Option(envvar="SAFELORA_LLAMA_CPP", help="llama.cpp's source tree; its converter then runs, too."),
+]
 
 
 @app.command()
 def project(
     *,
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the synthetic model.")] = 11,
-    hidden: Annotated[int, typer.Option(min=512, help="Its width, a multiple of 512.")] = 2048,
+    layers: _Layers = 11,
+    hidden: _Hidden = 2048,
     rank: Annotated[int, typer.Option(min=1, help="Rank of its adapter.")] = 16,
     references: Annotated[
         str | None, typer.Option(help="Base and aligned as GGUF in this type of ggml (f16, q8_0, q4_k, ...).")
     ] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Runs per method; five or more for figures to keep.")] = 5,
-    directory: Annotated[Path | None, typer.Option("--dir", help="Keep the model here, for later runs.")] = None,
+    runs: _Runs = 5,
+    directory: _Directory = None,
     device: Annotated[str, typer.Option(help="cpu or cuda, for all methods alike.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="Cores for every method.")] = 2,
+    threads: _Threads = 2,
     subspace: Annotated[
         int | None, typer.Option(min=1, help="Measure --operator subspace of this rank on three modules.")
     ] = None,
@@ -79,13 +89,13 @@ def project(
     if hidden % 512:
         raise typer.BadParameter(f"{hidden} is no multiple of 512", param_hint="--hidden")
     shape = Shape(layers, hidden, rank)
-    qtype = None if references is None else _reference_type(references, shape, subspace)
+    qtype = None if references is None else reference_type(references, shape, subspace)
     machine = Machine.here(_PACKAGES if qtype is None else (*_PACKAGES, *_GGML_PACKAGES))
-    with _files(directory, shape, qtype) as files, tempfile.TemporaryDirectory() as outputs:
-        requests = _requests(files, qtype, Path(outputs), device=device, threads=threads, subspace=subspace)
+    with model_files(directory, shape, qtype) as files, tempfile.TemporaryDirectory() as outputs:
+        requests = requests_for(files, qtype, Path(outputs), device=device, threads=threads, subspace=subspace)
         warm(Path(path) for path in (requests["ours"].base, requests["ours"].aligned, requests["ours"].adapter))
         try:
-            series = run_in_turns(requests, runs, _say)
+            series = run_in_turns(requests, runs, say)
             errors = check(
                 {method: found.outcomes[-1] for method, found in series.items()},
                 Path(requests["ours"].out),
@@ -107,12 +117,12 @@ def dequantize(
     ] = None,
     rows: Annotated[int, typer.Option(min=1)] = 2048,
     columns: Annotated[int, typer.Option(min=1)] = 4096,
-    runs: Annotated[int, typer.Option(min=1, help="Runs per method; five or more for figures to keep.")] = 9,
+    runs: _Runs = 9,
     json_output: _Json = False,
     markdown: _Markdown = False,
 ) -> None:
     """Times dequantizing a weight against gguf-py, on one thread and on two."""
-    wanted = [_type(name, "--type") for name in types or bench_dequantize.TYPES]
+    wanted = [type_named(name, "--type") for name in types or bench_dequantize.TYPES]
     for qtype in wanted:
         if is_exact(qtype) or not bench_dequantize.fits(qtype, columns):
             message = f"{qtype.name} is no quantized type, or {columns} columns are no whole blocks of it"
@@ -142,7 +152,7 @@ def header(
     machine = Machine.here(("gguf", "numpy"))
     with tempfile.TemporaryDirectory(prefix="safelora-bench-") as temporary:
         try:
-            found = bench_header.measure(Path(temporary) / "model.gguf", tokens, runs, reader_runs, _say)
+            found = bench_header.measure(Path(temporary) / "model.gguf", tokens, runs, reader_runs, say)
         except DisagreementError as error:
             raise _no_figures(error) from None
     if json_output:
@@ -156,12 +166,9 @@ def convert(
     *,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the adapted model.")] = 32,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 64,
-    runs: Annotated[int, typer.Option(min=1, help="Runs per method; five or more for figures to keep.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Cores for every method.")] = 2,
-    llama_cpp: Annotated[
-        Path | None,
-        typer.Option(envvar="SAFELORA_LLAMA_CPP", help="llama.cpp's source tree; its converter then runs, too."),
-    ] = None,
+    runs: _Runs = 5,
+    threads: _Threads = 2,
+    llama_cpp: _LlamaCpp = None,
     directory: Annotated[Path | None, typer.Option("--dir", help="Where to write, on the disk to measure.")] = None,
     json_output: _Json = False,
     markdown: _Markdown = False,
@@ -173,7 +180,7 @@ def convert(
     machine = Machine.here((*_PACKAGES, "gguf", *(("transformers",) if llama_cpp else ())))
     with tempfile.TemporaryDirectory(prefix="safelora-bench-", dir=directory) as temporary:
         try:
-            found = bench_convert.measure(Path(temporary), size, runs, threads=threads, llama_cpp=llama_cpp, say=_say)
+            found = bench_convert.measure(Path(temporary), size, runs, threads=threads, llama_cpp=llama_cpp, say=say)
         except (ChildProcessError, DisagreementError) as error:
             raise _no_figures(error) from None
     if json_output:
@@ -188,8 +195,8 @@ def extrapolate(
     *,
     rank: Annotated[int, typer.Option(min=1, help="How many directions to keep.")] = 6,
     tolerance: Annotated[float, typer.Option(min=1e-9, help="Residual to reach, in units of s_1.")] = 1e-3,
-    runs: Annotated[int, typer.Option(min=1, help="Runs per method; five or more for figures to keep.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Cores for every method.")] = 2,
+    runs: _Runs = 5,
+    threads: _Threads = 2,
     json_output: _Json = False,
     markdown: _Markdown = False,
 ) -> None:
@@ -197,7 +204,7 @@ def extrapolate(
     torch.set_num_threads(threads)
     machine = Machine.here(_PACKAGES)
     try:
-        found = [bench_extrapolate.measure(case, rank, tolerance, runs, _say) for case in bench_extrapolate.CASES]
+        found = [bench_extrapolate.measure(case, rank, tolerance, runs, say) for case in bench_extrapolate.CASES]
     except DisagreementError as error:
         raise _no_figures(error) from None
     if json_output:
@@ -210,86 +217,97 @@ def extrapolate(
 @app.command()
 def extrapolate_whole(
     *,
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the synthetic model.")] = 22,
-    hidden: Annotated[int, typer.Option(min=512, help="Its width, a multiple of 512.")] = 2048,
+    layers: _Layers = 22,
+    hidden: _Hidden = 2048,
     rank: Annotated[int, typer.Option(min=1, help="How many directions of each matrix.")] = 6,
-    runs: Annotated[int, typer.Option(min=1, help="Runs per method; five or more for figures to keep.")] = 5,
-    directory: Annotated[Path | None, typer.Option("--dir", help="Keep the model here, for later runs.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Cores for every method.")] = 2,
+    runs: _Runs = 5,
+    directory: _Directory = None,
+    threads: _Threads = 2,
     json_output: _Json = False,
     markdown: _Markdown = False,
 ) -> None:
     """Times `extrapolate` on whole models against copying their bytes."""
-    if hidden % 512:
-        raise typer.BadParameter(f"{hidden} is no multiple of 512", param_hint="--hidden")
-    machine = Machine.here(_PACKAGES)
-    with _files(directory, Shape(layers, hidden), None) as files, tempfile.TemporaryDirectory() as outputs:
-        warm((files.base, files.aligned))
-        wanted = bench_whole.requests(files.base, files.aligned, Path(outputs), rank, threads)
-        try:
-            series = run_in_turns(wanted, runs, _say, "bench_whole.py")
-        except ChildProcessError as error:
-            raise _no_figures(error) from None
-        if json_output:
-            _print_json(machine, {method: found.to_json() for method, found in series.items()})
-        else:
-            rows = [bench_whole.HEAD, *bench_whole.rows(series)]
-            _print_table(bench_whole.subject(files, rank, runs, threads), rows, machine, markdown)
+    with whole_models(directory, Shape(layers, hidden)) as (files, outputs):
+        wanted = bench_whole.requests(files.base, files.aligned, outputs, rank, threads)
+        series = _in_turns(wanted, runs, "bench_whole.py")
+    subject = f"extrapolate at rank {rank}: {_sized(files, runs, threads)}"
+    _print_series(subject, bench_whole.rows(series), series, json_output, markdown)
 
 
-@contextlib.contextmanager
-def _files(directory: Path | None, shape: Shape, qtype: QType | None) -> Iterator[Files]:
-    with contextlib.ExitStack() as stack:
-        if directory is None:
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="safelora-bench-"))) / "model"
-        try:
-            files = make_files(directory, shape, _say)
-        except FileExistsError as error:
-            raise typer.BadParameter(str(error), param_hint="--dir") from None
-        if qtype is not None:
-            try:
-                make_references(files, qtype, _say)
-            except UnsupportedError as error:
-                raise typer.BadParameter(str(error), param_hint="--references") from None
-        yield files
+@app.command()
+def convert_model(
+    *,
+    layers: _Layers = 22,
+    hidden: _Hidden = 2048,
+    outtype: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0.")] = "bf16",
+    runs: _Runs = 5,
+    llama_cpp: _LlamaCpp = None,
+    directory: _Directory = None,
+    threads: _Threads = 2,
+    json_output: _Json = False,
+    markdown: _Markdown = False,
+) -> None:
+    """Times `convert model` against copying the bytes, and against llama.cpp's converter."""
+    with whole_models(directory, Shape(layers, hidden)) as (files, outputs):
+        model = bench_checkpoints.with_tokenizer(files, outputs / "source")
+        wanted = bench_checkpoints.conversions(model, outputs, outtype, llama_cpp, threads)
+        series = _in_turns(wanted, runs, "bench_checkpoints.py")
+        if llama_cpp is not None:
+            _compare_gguf(Path(wanted["convert"].out), Path(wanted["upstream"].out))
+        subject = f"convert model to {outtype.upper()}: {_sized(files, runs, threads)}"
+        _print_series(subject, bench_checkpoints.rows(series), series, json_output, markdown)
 
 
-def _requests(
-    files: Files, qtype: QType | None, outputs: Path, *, device: str, threads: int, subspace: int | None
-) -> dict[str, Request]:
-    exact = qtype is None or is_exact(qtype)  # noise lifts all cosines: no B would be left to compare
-    return {
-        method: Request(
-            base=str(files.base if qtype is None else files.reference("base", qtype)),
-            aligned=str(files.aligned if qtype is None else files.reference("aligned", qtype)),
-            adapter=str(files.adapter(subspace is not None)),
-            out=str(outputs / f"{method}.{'gguf' if method == 'ours' else 'safetensors'}"),
-            threshold=_THRESHOLD if subspace is None and exact else None,
-            subspace_rank=subspace,
-            device=device,
-            threads=threads,
-        )
-        for method in METHODS
-        if qtype is None or method != "arithmetic"
-    }
+@app.command()
+def merge(
+    *,
+    layers: _Layers = 22,
+    hidden: _Hidden = 2048,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
+    runs: _Runs = 5,
+    directory: _Directory = None,
+    threads: _Threads = 2,
+    json_output: _Json = False,
+    markdown: _Markdown = False,
+) -> None:
+    """Times `merge` into a safetensors directory against PEFT's merge_and_unload."""
+    with whole_models(directory, Shape(layers, hidden, rank)) as (files, outputs):
+        wanted = bench_checkpoints.merges(files.aligned, files.adapter(), outputs, threads)
+        series = _in_turns(wanted, runs, "bench_checkpoints.py")
+        subject = f"merge an adapter of rank {rank} on all projections: {_sized(files, runs, threads)}"
+        _print_series(subject, bench_checkpoints.rows(series), series, json_output, markdown)
 
 
-def _reference_type(name: str, shape: Shape, subspace: int | None) -> QType:
-    qtype = _type(name, "--references")
-    if not all(bench_dequantize.fits(qtype, columns) for _, columns in shape.projections().values()):
-        message = f"rows of {shape.hidden} and {shape.ffn} are no whole blocks of {qtype.name}"
-        raise typer.BadParameter(message, param_hint="--references")
-    if subspace is not None and not is_exact(qtype):
-        message = f"in {qtype.name}, ours leaves out the directions under the noise and the plain method does not"
-        raise typer.BadParameter(message, param_hint="--subspace")
-    return qtype
-
-
-def _type(name: str, option: str) -> QType:
+def _in_turns(wanted: Mapping[str, AnyRequest], runs: int, script: str) -> dict[str, Series]:
     try:
-        return QType[name.upper()]
-    except KeyError:
-        raise typer.BadParameter(f"gguf-py knows no type {name!r}", param_hint=option) from None
+        return run_in_turns(wanted, runs, say, script)
+    except ChildProcessError as error:
+        raise _no_figures(error) from None
+
+
+def _compare_gguf(ours: Path, theirs: Path) -> None:
+    try:
+        bench_convert.compare_gguf(ours, theirs)
+    except DisagreementError as error:
+        raise _no_figures(error) from None
+
+
+def _sized(files: Files, runs: int, threads: int) -> str:
+    size = sum(file.stat().st_size for file in files.aligned.rglob("*.safetensors"))
+    return (
+        f"models of {files.shape.layers} layers, hidden {files.shape.hidden}, {size / 1e9:.1f} GB each in BF16, in the "
+        f"page cache; {threads} cores, {runs} runs each"
+    )
+
+
+def _print_series(
+    subject: str, rows: Iterable[Sequence[str]], series: Mapping[str, Series], json_output: bool, markdown: bool
+) -> None:
+    machine = Machine.here((*_PACKAGES, "gguf", "transformers", "peft"))
+    if json_output:
+        _print_json(machine, {method: found.to_json() for method, found in series.items()})
+    else:
+        _print_table(subject, [bench_whole.HEAD, *rows], machine, markdown)
 
 
 def _print_json(machine: Machine, found: object) -> None:
@@ -308,12 +326,8 @@ def _command() -> str:
 
 
 def _no_figures(error: Exception) -> typer.Exit:
-    _say(f"no figures: {error}")
+    say(f"no figures: {error}")
     return typer.Exit(1)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def measure(
         into = replace(plan, out=str(root / f"{outtype}.gguf"), outtype=outtype)
         found.append(_measure(f"PEFT to GGUF {outtype.upper()}", into, runs, say))
         if llama_cpp is not None:
-            _compare_gguf(Path(into.out), _out_of("upstream", into))
+            compare_gguf(Path(into.out), _out_of("upstream", into))
     back = replace(plan, source=str(root / "f32.gguf"), tensor_file=str(root / "f32.gguf"), llama_cpp="")
     back = replace(back, out=str(root / "back"), outtype="f32")
     found.append(_measure("GGUF F32 to PEFT", back, runs, say))
@@ -141,8 +141,12 @@ def _out_of(method: str, plan: Request) -> Path:
     return Path(plan.out) if method == "ours" else Path(plan.out).with_name(f"{method}-{Path(plan.out).name}")
 
 
-def _compare_gguf(ours: Path, theirs: Path) -> None:
-    """Tensor by tensor, bit by bit."""
+def compare_gguf(ours: Path, theirs: Path) -> None:
+    """Two GGUF files tensor by tensor, bit by bit.
+
+    Raises:
+        DisagreementError: they differ.
+    """
     found, expected = ({tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in (ours, theirs))
     different = {name for name in found.keys() & expected.keys() if not _same(found[name], expected[name])}
     different |= found.keys() ^ expected.keys()

@@ -133,7 +133,8 @@ def _run(script: str, method: str, request: Request) -> tuple[Outcome, int]:
 def _environment(threads: int) -> dict[str, str]:
     paths = [str(_HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **dict.fromkeys(names, str(threads))}
+    own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_WAIT_POLICY": "PASSIVE"}  # as our command line sets it, for all
+    return {**os.environ, **own, **dict.fromkeys(names, str(threads))}
 
 
 class _Watch(threading.Thread):

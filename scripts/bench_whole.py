@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Literal
 from bench_outcome import Outcome, peak_resident
 
 if TYPE_CHECKING:
-    from bench_models import Files
     from bench_runs import Series
 
 HEAD = ("method", "median s", "min to max", "beyond copying s", "peak anonymous memory")
@@ -57,14 +56,6 @@ def rows(series: Mapping[str, Series]) -> Iterator[tuple[str, ...]]:
         memory = "unknown" if found.peak_anonymous is None else f"{found.peak_anonymous / 1e6:,.0f} MB"
         spread = f"{min(found.seconds):.1f} to {max(found.seconds):.1f}"
         yield _TITLES[method], f"{found.median:.1f}", spread, beyond, memory
-
-
-def subject(files: Files, rank: int, runs: int, threads: int) -> str:
-    size = sum(file.stat().st_size for file in files.aligned.rglob("*.safetensors"))
-    return (
-        f"extrapolate, whole models: {files.shape.layers} layers, hidden {files.shape.hidden}, {size / 1e9:.1f} GB "
-        f"each in BF16, in the page cache; rank {rank}, {threads} cores, {runs} runs each"
-    )
 
 
 def model(request: Request) -> float:
