@@ -127,12 +127,13 @@ class _LeftOut:
     """Tensors of a checkpoint that go nowhere: buffers, another half of the model, heads that llama.cpp has not.
 
     Attributes:
-        heads: a sentence on each.
+        head: what is to be said of those.
     """
 
     buffers: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
+    head: str | None = None
 
     def losses(self) -> Iterator[str]:
         if self.others:
@@ -142,14 +143,15 @@ class _LeftOut:
     def notes(self) -> Iterator[str]:
         if self.buffers:
             yield f"left out, since llama.cpp computes them itself: {first_few(self.buffers, 3)}"
-        yield from self.heads
+        if self.head is not None:
+            yield self.head
 
 
 def _sorted_out(model: ChangedModel, table: Architecture) -> tuple[dict[str, list[_Part]], _LeftOut]:
     """What every GGUF tensor is made of, and what goes nowhere.
 
     Raises:
-        FormatError: a tensor that nobody knows. UnsupportedError: see `check_head`.
+        FormatError: a tensor that nobody knows. See also `check_head`.
     """
     places: dict[str, list[_Part]] = {}
     left, unknown = _LeftOut(), list[str]()
@@ -164,11 +166,13 @@ def _sorted_out(model: ChangedModel, table: Architecture) -> tuple[dict[str, lis
         elif table.composites and table.no_pairs_because(canonical(own)):
             left.others.append(own)
         elif canonical(own) == "lm_head.weight" and _target(table, "output") is None:
-            left.heads.append(check_head(model, own, table.name))
+            left.heads.append(own)
         else:
             unknown.append(own)
     if unknown:
         raise _unknown(unknown, model, table)
+    if _target(table, "output") is None:
+        left.head = check_head(model, next(iter(left.heads), None), table.name)
     return places, left
 
 

@@ -26,6 +26,6 @@ def free_space_for(target: Path, needed: int, what: str = "the output") -> int:
     except OSError:  # a file system that can't tell: writing will
         return needed
     if free < needed:
-        told = f"{what} takes {needed / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} GB free"
+        told = f"{what} takes {needed / 1e6:,.1f} MB, and {place} has {free / 1e6:,.1f} MB free"
         raise WriteError(f"{told}; make room, or choose a place on another device", file=target)
     return free

@@ -18,6 +18,7 @@ from gguf.metadata import Metadata
 from gguf.utility import size_label
 
 from converters.errors import InputError
+from converters.front_matter import front_matter
 from converters.gguf_file import Value, text, uint32
 from converters.gguf_types import Kind
 from converters.identity import plain_name
@@ -100,14 +101,11 @@ def _found(directory: Path, config: Mapping[str, Any], total: int) -> Metadata:
 
 def _card(path: Path) -> dict[str, Any]:
     """The YAML at the beginning of a card, its texts cleaned; empty where there is none that can be read."""
+    # As the package reads it: Norwegian is no False, and a tab is two spaces.
+    told = (front_matter(path, _MAX_HEADER) + "\n").replace("- no\n", '- "no"\n').replace("\t", "  ")
     try:
-        with path.open("rb") as file:
-            lines = file.read(_MAX_HEADER).decode("utf-8", "replace").splitlines()
-        end = lines.index("---", 1) if lines[:1] == ["---"] else 0
-        # As the package reads it: Norwegian is no False, and a tab is two spaces.
-        told = ("\n".join(lines[1:end]) + "\n").replace("- no\n", '- "no"\n').replace("\t", "  ")
         table = yaml.safe_load(told)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         return {}
     cleaned = {key: _cleaned(key, value) for key, value in table.items()} if isinstance(table, dict) else {}
     return {key: value for key, value in cleaned.items() if value is not None}

@@ -16,12 +16,14 @@ from converters.identity import plain_name
 from converters.model_card import CardInput, ModelCard
 from converters.models import Model
 from converters.paths import resolved
+from converters.source_cards import header_license, source_card
 from safelora_gguf.device import exact_float32, resolve_device
 from safelora_gguf.extrapolate_model import ModelForm, plan_model
 from safelora_gguf.extrapolate_report import ExtrapolateReport, TensorReport
 from safelora_gguf.extrapolation import Extrapolation, Findings, Matched, matched
 from safelora_gguf.lox_adapter import AdapterForm
 from safelora_gguf.next_steps import into_gguf
+from safelora_gguf.output_card import licenses
 from safelora_gguf.pairing import Triple
 from safelora_gguf.report import OutputReport
 
@@ -132,28 +134,30 @@ class _Run:
     def card(self) -> str:
         """A model card: what was done, from what, and how to do it again."""
         origin, aligned = self._findings.origin(), self._aligned
-        own = card_of(aligned)
+        own, inputs = card_of(aligned), self._findings.inputs
+        sources = [source_card(one.role, Path(one.path)) for one in inputs]
+        told, every = header_license(sources), licenses(sources)
         return ModelCard(
             title=plain_name(self._output.target),
             description=origin.description,
-            license=own.license,
-            license_name=own.license_name,
-            license_link=own.license_link,
+            license=told.id,
+            license_name=told.name,
+            license_link=told.link,
+            sections=[every] if every else [],
             base_models=(*aligned.repositories, *own.base_models),
             tags=(*origin.tags, *own.tags),
             languages=own.languages,
             facts=origin.facts,
-            inputs=[
-                CardInput(one.role, plain_name(Path(one.path)), one.format, one.fingerprint)
-                for one in self._findings.inputs
-            ],
+            inputs=[CardInput(one.role, plain_name(Path(one.path)), one.format, one.fingerprint) for one in inputs],
             invocation=self._invocation,
             notes=(*self._output.losses, *self._output.notes, *self._findings.notes()),
             usage=self._usage(lambda path: path.name),
         ).to_markdown()
 
     def report(self, *, dry_run: bool) -> ExtrapolateReport:
-        written = None if dry_run else OutputReport.of(self._output.target, self._output.tensor_file)
+        output = self._output
+        files = [output.tensor_file] if isinstance(output, AdapterForm) else output.files
+        written = None if dry_run else OutputReport.of(output.target, *files)
         return ExtrapolateReport(
             form=self._form,
             rank=self._wanted.rank,

@@ -14,6 +14,7 @@ from converters.model_card import Fact
 from converters.model_output import ModelOutput, ModelRequest, plan_model_output
 from converters.models import Model
 from converters.opening import open_adapter, open_model
+from converters.paths import is_there
 from converters.quantization import file_type
 from safelora_gguf._version import __version__
 from safelora_gguf.cards import check_desktop_files, write_desktop_files
@@ -109,6 +110,8 @@ def _opened(source: str | Path) -> Model:
 
 
 def _is_adapter(path: Path) -> bool:
+    if not is_there(path):
+        return False
     place = path if path.is_dir() else path.parent
     if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
         return True

@@ -68,6 +68,7 @@ def run_text(report: RunReport) -> str:
     parts = []
     for step in report.steps:
         told = "complete already" if step.skipped else ""
+        told += f", with the verdict {step.report['verdict']}" if step.skipped and step.report and step.status else ""
         told = told or ("" if step.report is not None else "will be checked when the steps before it are complete")
         heading = f"== {printable(step.name)}{f': {told}' if told else ''}"
         parts.append(f"{heading}\n{step.text}")

@@ -14,7 +14,7 @@ from converters.gguf_header import read_gguf_header
 from converters.identity import plain_name
 from converters.model_card import CardInput, ModelCard, Section, shell_word
 from converters.paths import is_gguf, resolved
-from converters.source_cards import SourceCard, header_license, license_lines, source_card
+from converters.source_cards import SourceCard, header_license, license_lines, source_card, tags_of
 from safelora_gguf.card_sections import (
     METHODS,
     changes,
@@ -94,12 +94,12 @@ def output_card(made: MadeOutput, smoke: Mapping[str, Any] | None, invocation: s
         license_link=license_.link,
         base_models=made.base_models(),
         relation=relation(report),
-        tags=(*tags, *(tag for card in cards for tag in card.card.tags)),
+        tags=(*tags, *tags_of(cards, of_adapter=adapter)),
         datasets=[name for card in cards if card.role == "adapter" for name in card.card.datasets],
         languages=[name for card in cards for name in card.card.languages],
         library=None if made.is_file else "peft" if adapter else "transformers",
         facts=settings(report),
-        sections=[section for section in (measured(smoke, of_output=made.is_file), changes(report), _licenses(cards))
+        sections=[section for section in (measured(smoke, of_output=made.is_file), changes(report), licenses(cards))
                   if section is not None],
         inputs=list(_inputs(report)),
         invocation=invocation,
@@ -108,7 +108,8 @@ def output_card(made: MadeOutput, smoke: Mapping[str, Any] | None, invocation: s
     )  # fmt: skip
 
 
-def _licenses(cards: Sequence[SourceCard]) -> Section | None:
+def licenses(cards: Sequence[SourceCard]) -> Section | None:
+    """What every source says of its license; None without sources."""
     given = {card.license for card in cards} - {None}
     told = ("The sources come under different licenses; all of them apply.",) if len(given) > 1 else ()
     return Section("Licenses", paragraphs=told, items=license_lines(cards)) if cards else None

@@ -12,6 +12,7 @@ import yaml
 
 from converters.adapters.gguf import GgufAdapter
 from converters.adapters.lora import LoraAdapter
+from converters.front_matter import front_matter
 from converters.gguf_metadata import GgufHeader, brief_text
 from converters.gguf_model import GgufModel
 from converters.identity import repository_of
@@ -87,11 +88,8 @@ def _from_markdown(path: Path) -> Card:
     """The YAML between the two lines `---` at the beginning. A broken or endless header counts as none: nothing
     depends on it."""
     try:
-        with path.open("rb") as file:
-            lines = file.read(_MAX_HEADER).decode("utf-8", "replace").splitlines()
-        end = lines.index("---", 1) if lines[:1] == ["---"] else 0
-        table = yaml.safe_load("\n".join(lines[1:end]))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        table = yaml.safe_load(front_matter(path, _MAX_HEADER))
+    except (ValueError, RecursionError, yaml.YAMLError):
         return Card()
     if not isinstance(table, dict):
         return Card()

@@ -130,12 +130,13 @@ def check_card(card: bool, out: str, to: str | None, force: bool, inputs: Sequen
 
 
 def save_card(data: Mapping[str, Any], card: bool, sources: Sequence[Path], force: bool) -> None:
-    """An adapter's card and Modelfile beside its GGUF file; a PEFT directory has its own card."""
+    """An adapter's card, and the Modelfile of a GGUF one; in a PEFT directory it takes the place of the short card."""
     from safelora_gguf.cards import write_desktop_files
 
-    output = Path(str((data.get("output") or {}).get("path", "")))
-    if card and output.is_file():
-        write_desktop_files(output, data, sources, invocation=invocation(), force=force)
+    output = (data.get("output") or {}).get("path")
+    if card and output is not None:
+        place = Path(output)
+        write_desktop_files(place, data, sources, invocation=invocation(), force=force or place.is_dir())
 
 
 def save_report(data: Mapping[str, Any], report: Path | None, force: bool) -> None:

@@ -65,6 +65,6 @@ def project(
             force=force, dry_run=dry_run, progress=progress,
         )  # fmt: skip
     warn(() if quiet else result.losses)
-    save_card(result.to_json(), card, (adapter, aligned), force)
+    save_card(result.to_json(), card, (adapter, aligned, base), force)
     save_report(result.to_json(), None if dry_run else target, force)
     return Outcome(lambda: rendered(project_table(result), project_summary(result)), result.to_json())

@@ -23,6 +23,7 @@ of the command line, paths count from the recipe's directory, and `@NAME` is the
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -142,6 +143,7 @@ def read_recipe(path: str | Path) -> Recipe:
     steps = tuple(replace(step, options=_checked(step)) for step in steps)
     _check_references(steps)
     _check_kept(steps)
+    _check_places(steps)
     return Recipe(found, steps)
 
 
@@ -247,3 +249,17 @@ def _check_kept(steps: tuple[Step, ...]) -> None:
         if wrong is not None or not takers:
             told = f"[{wrong}] needs it as a file" if wrong else "no later step takes it as its model"
             raise UsageError(f"[{step.name}] lacks out, and {told}")
+
+
+def _check_places(steps: tuple[Step, ...]) -> None:
+    """That no two steps write to one place: the first one's output would be gone before the run ends."""
+    taken: dict[str, str] = {}
+    for step in steps:
+        for option in ("out", "report", "card"):
+            text = step.options.get(option)
+            if not isinstance(text, str) or text.endswith(("/", os.sep)):
+                continue
+            place = os.path.normpath(text)
+            if place in taken:
+                raise UsageError(f"[{step.name}] {option} = {text!r:.200} is where [{taken[place]}] writes already")
+            taken[place] = step.name

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.atomic import refuse_to_overwrite
-from converters.errors import Error, OutputPathError, UsageError
-from converters.model_card import command_line
+from converters.errors import Error, FileMissingError, OutputPathError, UsageError
+from converters.model_request import KEEP
 from converters.paths import is_there
+from converters.quantization import file_type
 from safelora_gguf._version import __version__
-from safelora_gguf.cards import desktop_paths, write_desktop_files
 from safelora_gguf.commands.inputs import invoked_as
 from safelora_gguf.outcome import Outcome
-from safelora_gguf.recipe.in_memory import made_in_memory
-from safelora_gguf.recipe.journal import Journal, is_as_left, key_of, stamp_of
-from safelora_gguf.recipe.options import arguments, beside, parameters_of_the_run, paths_in, with_defaults
-from safelora_gguf.recipe.reading import Recipe, Step, reference_in
+from safelora_gguf.recipe.journal import Journal, stamp_of
+from safelora_gguf.recipe.measured import restore_cards, update_cards
+from safelora_gguf.recipe.options import arguments, beside, parameters_of_the_run, with_defaults
+from safelora_gguf.recipe.places import Places, in_step, is_in
+from safelora_gguf.recipe.reading import Recipe, Step
 
 if TYPE_CHECKING:
-    from safelora_gguf.unwritten import Unwritten
+    pass
 
 Tell = Callable[[int, int, str, bool], None]
 """Called before a step: its place, how many there are, its name, whether it is complete already."""
 
-_REPORT = "report"
+_OF_MODELS = ("merge", "convert-model", "quantize")
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,17 @@ def run_recipe(
     again = names[names.index(start) :] if start is not None else []
     run = _Run(recipe, journal, frozenset(again), force=force, quiet=quiet, verbose=verbose)
     if dry_run:
+        run.check_all()
         return RunReport(recipe.path, tuple(run.planned(step) for step in recipe.steps), None)
     journal.forget(again)
-    for step in recipe.steps:  # everything that can be found wrong now is not found after hours of work
-        if run.ready(step) and run.complete(step) is None:
-            run.check(step)
+    run.check_all()
     reports = list[StepReport]()
     for number, step in enumerate(recipe.steps, 1):
         found = run.complete(step)
         if tell is not None:
             tell(number, len(names), step.name, found is not None)
+        if found is not None:
+            restore_cards(journal, step.name, run.words)
         report, failure = run.do(step) if found is None else (_skipped(step, found), None)
         reports.append(report)
         if report.status or failure is not None:
@@ -132,10 +135,10 @@ class _Run:
         self, recipe: Recipe, journal: Journal, again: frozenset[str], *, force: bool, quiet: bool, verbose: bool
     ) -> None:
         self._recipe = recipe.path
-        self._directory, self._journal, self._again = recipe.directory, journal, again
+        self._places, self._journal, self._again = Places(recipe, journal), journal, again
         self._steps = {step.name: step for step in recipe.steps}
         self._force, self._quiet, self._verbose = force, quiet, verbose
-        self._words = ("safelora-gguf", "run", recipe.path.name)
+        self.words = ("safelora-gguf", "run", recipe.path.name)
 
     def ready(self, step: Step) -> bool:
         """Whether everything that it takes from earlier steps is there, and stays as it is."""
@@ -145,7 +148,49 @@ class _Run:
         """What the journal has of a step, if it need not be run; nothing of one that stays in memory."""
         if step.name in self._again or step.stays_in_memory or not self.ready(step):
             return None
-        return self._journal.complete(step.name, self._key(step))
+        return self._journal.complete(step.name, self._places.key(step))
+
+    def check_all(self) -> None:
+        """Finds now what can be found now, not after hours of work: whatever a step's dry run finds that has its
+        inputs, and of the others inputs that are missing and places that are taken.
+
+        Raises: see `check`.
+        """
+        made: list[str] = []
+        directory = self._places.directory
+        for step in self._steps.values():
+            if self.complete(step) is None:
+                self._check_inputs(step, made)
+                if self.ready(step) and not self._takes_any(step, made):
+                    self.check(step)
+                else:
+                    self._check_places(step, self._places.outputs(step, {}))
+            if "out" in step.options:
+                made.append(os.path.normpath(beside(directory, step.options["out"])))
+
+    def _check_inputs(self, step: Step, made: Sequence[str]) -> None:
+        """That the files that a step reads are there, or will be made by a step before it."""
+        for name, path, cut in self._places.inputs(step):
+            if not any(is_there(place) or is_in(place, made) for place in (path, cut)):
+                raise in_step(FileMissingError(f"{name}: no such file or directory", file=path), step)
+        outtype = step.options.get("outtype")
+        if step.command in _OF_MODELS and outtype is not None and outtype.lower() != KEEP:
+            try:
+                file_type(outtype)
+            except UsageError as error:
+                raise in_step(error, step) from None
+
+    def _takes_any(self, step: Step, made: Sequence[str]) -> bool:
+        """Whether it reads, by its plain name, what an earlier step makes."""
+        return any(is_in(place, made) for _, path, cut in self._places.inputs(step) for place in (path, cut))
+
+    def _check_places(self, step: Step, places: Sequence[Path]) -> None:
+        """Raises OutputPathError: what stands there was not made by this step, or is the recipe."""
+        for path in places:
+            refuse_to_overwrite(path, [self._recipe, self._journal.path])
+            if not self._force and is_there(path) and not self._journal.owns(step.name, path):
+                told = "exists already, and was not made by this recipe, or was changed since; choose another name or"
+                raise in_step(OutputPathError(f"{told} pass --force", file=path), step)
 
     def check(self, step: Step) -> tuple[Outcome | None, list[Path]]:
         """A step's dry run, for commands that have one, and where it writes. What stays in memory is looked at by the
@@ -154,15 +199,11 @@ class _Run:
         Raises:
             OutputPathError: what stands there was not made by this step, or is the recipe. See also its command.
         """
-        outcome, places = None, self._outputs(step, {})
+        outcome, places = None, self._places.outputs(step, {})
         if "dry_run" in parameters_of_the_run(step.run) and not step.stays_in_memory:
-            outcome = self._call(step, self._values(step), force=True, dry_run=True)
-            places = self._outputs(step, outcome.report)
-        for path in places:
-            refuse_to_overwrite(path, [self._recipe, self._journal.path])
-            if not self._force and is_there(path) and not self._journal.owns(step.name, path):
-                told = "exists already, and was not made by this recipe, or was changed since; choose another name or"
-                raise _in_step(OutputPathError(f"{told} pass --force", file=path), step)
+            outcome = self._call(step, self._places.values(step), force=True, dry_run=True)
+            places = self._places.outputs(step, outcome.report)
+        self._check_places(step, places)
         return outcome, places
 
     def planned(self, step: Step) -> StepReport:
@@ -181,33 +222,21 @@ class _Run:
         if step.stays_in_memory:
             return _kept(step), None
         _, places = self.check(step)
-        key, force = self._key(step), self._force or any(map(is_there, places))
+        key, force = self._places.key(step), self._force or any(map(is_there, places))
         self._journal.begin(step.name, places)
-        outcome = self._call(step, self._values(step), force=force)
+        try:
+            outcome = self._call(step, self._places.values(step), force=force)
+        except BaseException:
+            self._journal.abandon(step.name)
+            raise
         if outcome.failure is None:
             if step.command == "smoke":
-                self._update_cards(outcome.report)
-            cards = self._cards(step, outcome.report)
-            made = [path for path in self._outputs(step, outcome.report) if is_there(path) and path not in cards]
+                update_cards(self._journal, outcome.report, self.words)
+            cards = self._places.cards(step, outcome.report)
+            made = [path for path in self._places.outputs(step, outcome.report) if is_there(path) and path not in cards]
             self._journal.finish(step.name, key, made, outcome.report, outcome.status, cards=cards)
         report = StepReport(step.name, step.command, False, outcome.status, outcome.report, outcome.text())
         return report, outcome.failure
-
-    def _cards(self, step: Step, report: Mapping[str, Any]) -> list[Path]:
-        """The files that `card = true` makes beside a GGUF output."""
-        output = Path(str((report.get("output") or report.get("planned_output") or {}).get("path", ""))).absolute()
-        return list(desktop_paths(output)) if step.options.get("card") is True and _is_gguf(output) else []
-
-    def _update_cards(self, smoke: Mapping[str, Any]) -> None:
-        """Puts what was measured into the cards of what it was measured on; those that somebody edited stay."""
-        measured = {str(entry.get("path")) for entry in smoke["inputs"]}
-        for record in self._journal.done.values():
-            output = str((record["report"].get("output") or {}).get("path"))
-            cards = [(Path(path), state) for path, state in record["cards"].items()]
-            if output in measured and cards and all(is_as_left(path, state) for path, state in cards):
-                line = command_line(self._words)
-                write_desktop_files(Path(output), record["report"], (), smoke, line, force=True)
-                self._journal.note_cards(record, [path for path, _ in cards])
 
     def _is_current(self, step: Step) -> bool:
         return self.ready(step) if step.stays_in_memory else self.complete(step) is not None
@@ -217,81 +246,11 @@ class _Run:
         of_the_run = {"force": force, "quiet": self._quiet, "verbose": self._verbose, "json": False, "dry_run": dry_run}
         known = parameters_of_the_run(step.run)
         try:
-            with invoked_as(self._words):
+            with invoked_as(self.words):
                 return step.run(**options | {name: value for name, value in of_the_run.items() if name in known})
         except Error as error:
-            raise _in_step(error, step) from None
-
-    def _values(self, step: Step) -> dict[str, Any]:
-        """A step's options, with references resolved and paths counted from the recipe."""
-        found = dict(step.options)
-        for name, value in step.options.items():
-            if step.known[name].is_path:
-                items = value if isinstance(value, list) else [value]
-                placed = [self._placed(item, step) for item in items]
-                found[name] = placed if isinstance(value, list) else placed[0]
-        return found
-
-    def _placed(self, text: str, step: Step) -> Any:
-        """A path from a recipe's value, or the model that an earlier step keeps in memory."""
-        reference = reference_in(text)
-        if reference is None:
-            return beside(self._directory, text)
-        if self._steps[reference.name].stays_in_memory:
-            return self._kept_model(self._steps[reference.name])
-        record = self._journal.done.get(reference.name, {}).get("report", {})
-        output = record.get("output") or {}
-        if "path" not in output:
-            raise UsageError(f"'{text}': the step {reference.name} has no output of its own")
-        return f"{output['path']}{reference.rest}"
-
-    def _kept_model(self, step: Step) -> Unwritten:
-        values = arguments(self._values(step), step.known)
-        try:
-            return made_in_memory(step.command, values)
-        except Error as error:
-            raise _in_step(error, step) from None
-
-    def _key(self, step: Step) -> str:
-        """What a step comes from: its options, and the state of its inputs and of what earlier steps made for it."""
-        inputs: dict[str, Any] = {}
-        for name, text in paths_in(step.options, step.known):
-            reference = reference_in(text)
-            if reference is not None and self._steps[reference.name].stays_in_memory:
-                inputs[text] = self._key(self._steps[reference.name])
-            elif reference is not None:
-                inputs[text] = [state["sha256"] or state["stamp"]
-                                for state in self._journal.done[reference.name]["outputs"].values()]  # fmt: skip
-            elif name not in {"out", _REPORT, "card"}:
-                inputs[text] = self._stamp(text)
-        return key_of({"version": __version__, "command": step.command, "options": step.options, "inputs": inputs})
-
-    def _stamp(self, text: str) -> str | None:
-        """The state of an input, whether or not something follows its name."""
-        path = Path(beside(self._directory, text))
-        return stamp_of(path if is_there(path) else Path(beside(self._directory, text.rpartition("=")[0] or text)))
-
-    def _outputs(self, step: Step, report: Mapping[str, Any]) -> list[Path]:
-        """What a step writes, as its report has it."""
-        output = report.get("output") or report.get("planned_output") or {}
-        listed = [*output.get("shards", ()), *output.get("files", ()), *report.get("shards", ())]
-        paths = [output["path"]] if "path" in output else []
-        paths += [entry["path"] if isinstance(entry, dict) else entry for entry in listed]
-        named = [step.options[name] for name in (_REPORT, "card") if isinstance(step.options.get(name), str)]
-        places = [Path(path).absolute() for path in (*paths, *(beside(self._directory, text) for text in named))]
-        return list(dict.fromkeys((*places, *self._cards(step, report))))
-
-
-def _in_step(error: Error, step: Step) -> Error:
-    """The same error, which says where it came from; once."""
-    if "(in the recipe's step" not in error.message:
-        error.message += f" (in the recipe's step {step.name})"
-    return error
+            raise in_step(error, step) from None
 
 
 def _kept(step: Step) -> StepReport:
     return StepReport(step.name, step.command, False, 0, None, "stays in memory until it is taken")
-
-
-def _is_gguf(output: Path) -> bool:
-    return output.suffix.lower() == ".gguf" and not output.is_dir()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -312,3 +313,99 @@ def test_cards_end_the_same_after_an_interruption(tmp_path: Path, count: int) ->
     assert killed.returncode == -signal.SIGKILL
     assert run(place).exit_code == 0
     assert files(place) == files(whole)
+
+
+def test_what_lies_beside_a_named_file_counts_as_its_input(tmp_path: Path) -> None:
+    text = '[convert-model]\nsource = "m/model.safetensors"\nout = "out/m.gguf"\n'
+    place = laid_out(tmp_path / "place", text)
+    shutil.copytree(FAMILY / "aligned", place / "m")
+    assert run(place).exit_code == 0
+    config = place / "m" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": ', '"rms_norm_eps": 1'))
+    before = files(place)
+    assert [step["skipped"] for step in told(run(place, "--json"))["steps"]] == [False]
+    assert files(place) != before
+
+
+def test_two_steps_in_one_place_are_refused(tmp_path: Path) -> None:
+    step = '[[step]]\ncommand = "convert-model"\nsource = "family/aligned"\nout = "{}"\n'
+    refused = run(laid_out(tmp_path / "place", step.format("x.gguf") + step.format("./x.gguf")))
+    assert refused.exit_code == 2
+    assert "writes already" in refused.stderr
+
+
+def test_a_copied_recipe_does_not_take_the_old_ones_outputs_for_its_own(tmp_path: Path) -> None:
+    text = '[convert-model]\nsource = "family/aligned"\nout = "out/m.gguf"\n'
+    place = laid_out(tmp_path / "place", text)
+    assert run(place).exit_code == 0
+    other = tmp_path / "other"
+    shutil.copytree(place, other, symlinks=True)
+    shutil.rmtree(other / "out")
+    assert run(other).exit_code == 0
+    assert files(other) == files(place)
+
+
+def test_what_somebody_wrote_after_a_failure_or_a_kill_stays(tmp_path: Path) -> None:
+    place = laid_out(tmp_path / "place", '[convert-model]\nsource = "family/aligned"\nout = "out/m.gguf"\n')
+    killed = subprocess.run([sys.executable, CHILD, place / "recipe.toml", "begin", "1"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (place / "out").mkdir()
+    (place / "out" / "m.gguf").write_bytes(b"precious")
+    assert run(place).exit_code == 3
+    assert (place / "out" / "m.gguf").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "status", "word"),
+    [
+        ('model = "@quantize"', 'model = "nothere.gguf"', 3, "nothere.gguf"),
+        ('prompts = "prompts.jsonl"', 'prompts = "nothere.jsonl"', 3, "nothere.jsonl"),
+        ('adapter = ["@project", "@convert-adapter=0.25"]', 'adapter = ["@project", "nothere=0.25"]', 3, "nothere"),
+        ('outtype = "q8_0"', 'outtype = "Q9_Z"', 2, "Q9_Z"),
+    ],
+)
+def test_what_a_later_step_lacks_is_found_before_any_work(
+    tmp_path: Path, old: str, new: str, status: int, word: str
+) -> None:
+    place = laid_out(tmp_path / "place", RECIPE.replace(old, new))
+    for more in ((), ("--dry-run",)):
+        result = run(place, *more)
+        assert result.exit_code == status, result.output
+        assert word in result.stderr
+    assert not (place / "out").exists()
+
+
+def test_a_deleted_card_is_made_again(tmp_path: Path) -> None:
+    place = laid_out(tmp_path / "place", WITH_CARD)
+    assert run(place).exit_code == 0
+    before = files(place)
+    (place / "out" / "model.md").unlink()
+    assert [step["skipped"] for step in told(run(place, "--json"))["steps"]] == [True, True]
+    assert files(place) == before
+
+
+def test_a_bad_verdict_is_told_again(tmp_path: Path) -> None:
+    text = '[smoke]\nmodel = "family/aligned.gguf"\nprompts = "prompts.jsonl"\nmax-tokens = 1\nmin-refusal = 1.0\n'
+    place = laid_out(tmp_path / "place", text)
+    assert run(place).exit_code == 1
+    second = run(place)
+    assert second.exit_code == 1
+    assert "verdict fail" in second.stdout
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda journal: journal["done"]["project"]["outputs"].update({"a\0b": {"stamp": None, "sha256": None}}),
+        lambda journal: journal["done"]["project"]["report"].update(output=[5]),
+        lambda journal: journal["done"]["project"].update(status=-7),
+        lambda journal: journal["started"].update(project={"outputs": ["a\0"], "before": {}}),
+    ],
+)
+def test_a_journal_that_somebody_edited_counts_as_none(place: Path, edit: Callable[[Any], None]) -> None:
+    assert run(place).exit_code == 0
+    path = place / ".recipe.toml.safelora-gguf.json"
+    journal = json.loads(path.read_text())
+    edit(journal)
+    path.write_text(json.dumps(journal))
+    assert run(place).exit_code == 3

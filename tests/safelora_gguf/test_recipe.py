@@ -52,8 +52,8 @@ def test_steps_come_in_the_order_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_command_may_stand_more_than_once(tmp_path: Path) -> None:
-    step = '[[step]]\ncommand = "convert-adapter"\nsource = "{}"\nout = "o"\n'
-    recipe = read(tmp_path, step.format("a") + step.format("@convert-adapter"))
+    step = '[[step]]\ncommand = "convert-adapter"\nsource = "{}"\nout = "{}"\n'
+    recipe = read(tmp_path, step.format("a", "o") + step.format("@convert-adapter", "p"))
     assert [step.name for step in recipe.steps] == ["convert-adapter", "convert-adapter-2"]
 
 
