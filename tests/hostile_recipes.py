@@ -42,7 +42,7 @@ RECIPES: dict[str, tuple[str | bytes, str]] = {
     "one name twice": (TWICE.format("a-2") + TWICE.format("a") * 2, "are called 'a-2'"),
     "2,000 adapters": (f'[merge]\nmodel = "x"\nout = "y"\nadapter = [{"1," * 2000}]', "2000 values"),
     "an adapter of lists": ('[merge]\nmodel = "x"\nout = "y"\nadapter = [["a"]]', "expected a text"),
-    "no adapter": ('[merge]\nmodel = "x"\nout = "y"\nadapter = []', "no adapter"),
+    "no adapter": ('[merge]\nmodel = "x"\nout = "y"\nadapter = []', "at least one"),
     "an option of the run": (f"{STEP}json = true", "of the whole run"),
     "an output that is a list": ('[convert-model]\nsource = "x"\nout = ["a", "b"]', "expected a text"),
 }

@@ -109,6 +109,8 @@ def _value(value: Any, option: Option, step: str) -> Any:
         items = value if isinstance(value, list) else [value]
         if len(items) > _MOST_VALUES:
             raise UsageError(f"[{step}] {option.name} has {len(items)} values, expected {_MOST_VALUES} at most")
+        if option.required and not items:
+            raise UsageError(f"[{step}] {option.name} has no values, expected at least one")
         return [_item(item, option, step) for item in items]
     return _item(value, option, step)
 
