@@ -37,8 +37,8 @@ _DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 32768,
     "sliding_window": 4096,
-    "max_window_layers": 28,
 }
+_WINDOW_LAYERS = {"max_window_layers": 28}
 _SILU = {"hidden_act": ("silu", "swish")}
 _ALL_MIXTURES = {**_SILU, "decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
 
@@ -72,7 +72,7 @@ QWEN2 = Architecture(
             "qwen2",
             ("Qwen2ForCausalLM",),
             _keys,
-            {**_DEFAULTS, "num_key_value_heads": 32},
+            {**_DEFAULTS, **_WINDOW_LAYERS, "num_key_value_heads": 32},
             _SILU,
             losses=window_where_used(in_later_layers),
         )
@@ -88,7 +88,7 @@ QWEN3 = Architecture(
             "qwen3",
             ("Qwen3ForCausalLM",),
             _keys,
-            {**_DEFAULTS, "num_key_value_heads": 32, "head_dim": 128},
+            {**_DEFAULTS, **_WINDOW_LAYERS, "num_key_value_heads": 32, "head_dim": 128},
             _SILU,
             losses=window_where_used(in_later_layers),
         )
@@ -110,6 +110,7 @@ QWEN2_MOE = Architecture(
             _mixture_keys,
             {
                 **_DEFAULTS,
+                **_WINDOW_LAYERS,
                 "num_key_value_heads": 16,
                 "num_experts": 60,
                 "num_experts_per_tok": 4,

@@ -70,7 +70,7 @@ def _left_out(config: ConfigReader, sliding: int) -> Iterator[str]:
     window = config.count(WINDOW, least=0, most=MOST_POSITIONS)
     if 0 < window < config.count("max_position_embeddings", most=MOST_POSITIONS):
         yield (
-            f"left out: the sliding window of {window} tokens ({WINDOW}) that {sliding} of {layers(config)} layers "
-            f"have, since llama.cpp knows none for this architecture: the output is another than transformers' from "
-            f"token {window + 1} of a text on, and the same before"
+            f"left out: the sliding window of {window} tokens ({WINDOW}, in {sliding} of {layers(config)} layers): "
+            f"llama.cpp knows none for this architecture, so that the output is another than transformers' from token "
+            f"{window + 1} of a text on, and the same before"
         )

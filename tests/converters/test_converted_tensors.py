@@ -11,6 +11,7 @@ import pytest
 import torch
 from gguf_models import permuted
 from models import Sizes, config, save_model, save_sharded, weights
+from rewriting import edits_of
 
 from converters.changed_model import ChangedModel
 from converters.changes import Edits
@@ -208,6 +209,35 @@ def test_buffers_and_other_halves_are_left_out_and_told(tmp_path: Path) -> None:
 
 
 def test_a_head_that_llama_cpp_does_not_know(tmp_path: Path) -> None:
+    """Gemma's. Left out where it is the embedding; tests/conformance has transformers' logits of the others."""
+    tensors, gemma = weights(SIZES, 1), {"architectures": ["GemmaForCausalLM"]}
+    same = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    for ties in (False, True):
+        with pytest.raises(UnsupportedError, match="another matrix") as caught:
+            converted(tmp_path / f"apart-{ties}", tensors, **gemma, tie_word_embeddings=ties)
+        assert caught.value.tensor == "lm_head.weight"
+        found = converted(tmp_path / f"same-{ties}", same, **gemma, tie_word_embeddings=ties)
+        assert "lm_head.weight" in found.notes[0] and found.losses == ()
+        assert not any(tensor.name == "output.weight" for tensor in found.tensors)
+
+
+BOTH = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@pytest.mark.parametrize(
+    ("changed", "ties", "fits"),
+    [(BOTH[:1], True, False), (BOTH[1:], True, False), (BOTH, True, True), (BOTH, False, False), ((), False, True)],
+)
+def test_changes_that_part_such_a_head(changed: tuple[str, ...], ties: bool, fits: bool, tmp_path: Path) -> None:
+    """What changes both tables alike leaves config.json's ties alone."""
     tensors = weights(SIZES, 1)
-    found = converted(tmp_path / "m", tensors, architectures=["GemmaForCausalLM"])
-    assert "lm_head.weight" in found.losses[0]
+    tensors[BOTH[1]] = tensors[BOTH[0]].clone()
+    settings = {**config(SIZES), "architectures": ["GemmaForCausalLM"], "tie_word_embeddings": ties}
+    model = open_checkpoint(save_model(tmp_path / "m", tensors, settings))
+    table, edits = find_table(model), edits_of({name: tensors[name] + 1 for name in changed})
+    assert table is not None
+    if fits:
+        assert "lm_head" in converted_tensors(ChangedModel(model, edits), table, None).notes[0]
+        return
+    with pytest.raises(UnsupportedError, match="another matrix"):
+        converted_tensors(ChangedModel(model, edits), table, None)
