@@ -123,8 +123,7 @@ def rewritten_parts(
     assert not by_name.keys() - {tensor.name for tensor in tensors}, f"changes of no tensor: {list(by_name)}"
     stored = {tensor.name: tensor for tensor in parts.tensors}
     tensors = [
-        _copied(tensor, by_name[tensor.name], stored)
-        or _changed(model, tensor, by_name[tensor.name], weights, imatrix)
+        _copied(tensor, by_name[tensor.name], stored) or _changed(model, tensor, by_name[tensor.name], weights, imatrix)
         if tensor.name in by_name
         else tensor
         for tensor in tensors

@@ -23,6 +23,7 @@ from converters.paths import is_gguf, read_json_object
 
 _LEGAL = ("license*", "licence*", "copying*", "notice*", "use_policy*", "*license.txt", "*license.md")
 _MOST_FILES = 8
+_OF_ADAPTERS = frozenset({"lora", "peft", "adapter", "dora", "qlora"})
 _NO_ID = re.compile(r"[^a-z0-9.-]+")
 
 
@@ -100,6 +101,18 @@ def header_license(sources: Sequence[SourceCard]) -> HeaderLicense:
         return next(iter(given), HeaderLicense())
     names = [_NO_ID.sub("-", (found.name or found.id or "").lower()).strip("-") or "unnamed" for found in given]
     return HeaderLicense("other", "-and-".join(dict.fromkeys(names)))
+
+
+def tags_of(sources: Sequence[SourceCard], *, of_adapter: bool) -> tuple[str, ...]:
+    """What the sources are filed under, for what was made of them.
+
+    Hubs tell a base model by a field of its own; PEFT's tag of it is a path of somebody's machine.
+
+    Args:
+        of_adapter: whether that is an adapter: of a model, an adapter's tags say too much.
+    """
+    tags = [tag for source in sources for tag in source.card.tags if not tag.startswith("base_model:")]
+    return tuple(tag for tag in dict.fromkeys(tags) if of_adapter or tag not in _OF_ADAPTERS)
 
 
 def license_lines(sources: Sequence[SourceCard]) -> list[str]:

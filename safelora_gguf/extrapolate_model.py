@@ -49,6 +49,11 @@ class ModelForm:
         return self._output.tensor_file
 
     @property
+    def files(self) -> Sequence[Path]:
+        """All files of tensors."""
+        return self._output.files
+
+    @property
     def outtype(self) -> str:
         return self._output.outtype
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from converters.adapters.lora import LoraAdapter
 from converters.changed_model import ChangedModel
+from converters.checkpoint import Checkpoint
 from converters.errors import UsageError
+from converters.gguf_model import GgufModel
 from converters.gguf_rounding import StoredError
 from converters.identity import plain_name
 from converters.layouts import find_table
@@ -33,7 +35,7 @@ from safelora_gguf.report import InputReport, OutputReport
 from safelora_gguf.unwritten import Unwritten
 
 Progress = Callable[[int, int, str], None]
-_MERGED = r"safelora\.merge\.\d+\.name"
+_MERGED = re.compile(r"safelora\.merge\.(\d{1,9})\.name")
 
 
 def merge_adapters(
@@ -81,7 +83,7 @@ def merge_adapters(
     request = ModelRequest(
         Path(out), outtype, _path(imatrix), _path(vocab_from), split_max_size, allow_requantize, force=force
     )
-    merge = _merge(model, adapters, device)
+    merge = _merge(model, adapters, device, request.vocab_from)
     run = _Run(merge, request)
     if strict:
         refuse_losses(merge.adapters[0][0], run.losses())
@@ -114,13 +116,19 @@ def merged_model(
     return Unwritten(changed, merge.inputs, merge.facts(), merge.losses(), merge.notes)
 
 
-def _merge(model: str | Path | Unwritten, adapters: Sequence[tuple[str | Path, float]], device: str) -> _Merge:
+def _merge(
+    model: str | Path | Unwritten,
+    adapters: Sequence[tuple[str | Path, float]],
+    device: str,
+    vocab_from: Path | None = None,
+) -> _Merge:
     if not adapters:
         raise UsageError("there is no adapter to merge")
     where = resolve_device(device)
     before = model if isinstance(model, Unwritten) else None
     opened = open_model(model) if isinstance(model, str | Path) else model.model
-    return _Merge(opened, before, [(open_adapter(path, dora=True), float(scale)) for path, scale in adapters], where)
+    read = [(open_adapter(path, dora=True), float(scale)) for path, scale in adapters]
+    return _Merge(opened, before, read, where, vocab_from)
 
 
 class _Merge:
@@ -136,10 +144,11 @@ class _Merge:
         before: Unwritten | None,
         adapters: Sequence[tuple[LoraAdapter, float]],
         device: torch.device,
+        vocab_from: Path | None,
     ) -> None:
         self.model, self.adapters, self._before = model, adapters, before
         with exact_float32():
-            self.plan: MergePlan = plan_merge(model, adapters, device)
+            self.plan: MergePlan = plan_merge(model, adapters, device, vocab_from)
         models = (InputReport.of("model", model),) if before is None else before.inputs
         self._read = tuple(InputReport.of("adapter", one) for one, _ in adapters)
         self.inputs = (*models, *self._read)
@@ -161,13 +170,22 @@ class _Merge:
             found["safelora.model.fingerprint"] = self.inputs[0].fingerprint
         else:
             found |= self._before.facts
-        first = sum(re.fullmatch(_MERGED, key) is not None for key in found)
+        before = [int(match[1]) for key in (*found, *_stored_facts(self.model)) if (match := _MERGED.fullmatch(key))]
+        first = 1 + max(before, default=-1)
         for number, (entry, (adapter, scale)) in enumerate(zip(self._read, self.adapters, strict=True), first):
             key = f"safelora.merge.{number}"
             found[f"{key}.name"] = plain_name(adapter.path)
             found[f"{key}.fingerprint"] = entry.fingerprint
             found[f"{key}.scale"] = scale
         return found
+
+
+def _stored_facts(model: Model) -> Collection[str]:
+    """The keys of a model's metadata: an earlier merge's stay."""
+    stored = model.stored if isinstance(model, ChangedModel) else model
+    if isinstance(stored, GgufModel):
+        return stored.headers[0].entries
+    return stored.files[0].header.metadata if isinstance(stored, Checkpoint) else ()
 
 
 class _Run:
@@ -201,7 +219,7 @@ class _Run:
             outtype=output.outtype,
             tensors=tuple(self._tensors(errors or {})),
             inputs=self._merge.inputs,
-            output=None if errors is None else OutputReport.of(self._written(), output.tensor_file),
+            output=None if errors is None else OutputReport.of(self._written(), *output.files),
             shards=shards,
             notes=(*losses, *self._merge.notes(), *output.notes),
             losses=losses,
@@ -248,4 +266,7 @@ class _Run:
         place = shlex.quote(str(self._written()))
         if self._request.is_gguf:
             return (f"safelora-gguf smoke --model {place}",)
+        table = find_table(self._model)
+        if self._plan.parted and table is not None and not table.to_gguf("lm_head"):
+            return ()  # llama.cpp has no place for its output matrix
         return (into_gguf(self._model, place),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from converters.adapters.belonging import check_fused
 from converters.adapters.gguf import GgufAdapter
 from converters.adapters.lora import LoraAdapter, LoraPair
+from converters.adapters.trained_on import check_trained_on
 from converters.converted_model import ConvertedModel
 from converters.errors import FormatError, MismatchError, UnsupportedError
 from converters.layouts import check_heads
@@ -48,6 +49,7 @@ def pair_up(base: Model, aligned: Model, adapter: LoraAdapter) -> list[Triple]:
     check_family(base, aligned)
     _same_architecture(aligned, adapter)
     check_fused(adapter, aligned)
+    check_trained_on(adapter, aligned)
     names = _by_module(base), _by_module(aligned)
     stacks = _stacks(adapter)
     for model, found in zip((base, aligned), names, strict=True):
@@ -84,12 +86,29 @@ def check_adapted(model: Model, adapter: LoraAdapter, modules: Container[str] | 
     Raises:
         MismatchError: the adapter is for another model. UnsupportedError: it adapts a tied head, or new tokens.
     """
-    names, stacks = _by_module(model), _stacks(adapter)
+    stacks = _stacks(adapter)
     pairs = [pair for module, pair in adapter.pairs.items() if modules is None or module in modules]
+    names = within_base(_by_module(model), [pair.weight for pair in pairs])
     _all_there(model, adapter, pairs, {*names, *_packed(model)})
     for pair in pairs:
         if pair.weight in names and _is_readable(model, names[pair.weight]):
             _fits(pair, model, names[pair.weight], adapter, stacks.get(pair.weight))
+
+
+def within_base(names: Mapping[str, str], modules: Iterable[str]) -> Mapping[str, str]:
+    """Tensors by name, also by the names that they have in a class with a head, where the checkpoint is one of the
+    class without: GPT-2's `h.0.attn.c_attn` is `transformer.h.0.attn.c_attn` to an adapter.
+
+    Args:
+        modules: that are looked for.
+    """
+    outer = {module.partition(".")[0] for module in modules if module not in names and "." in module}
+    if len(outer) != 1:
+        return names
+    prefix = f"{outer.pop()}."
+    if any(name.startswith(prefix) for name in names):
+        return names
+    return {**names, **{prefix + name: tensor for name, tensor in names.items()}}
 
 
 def _packed(model: Model) -> set[str]:

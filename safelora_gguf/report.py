@@ -57,19 +57,30 @@ class OutputReport:
     """What was written.
 
     Attributes:
-        sha256: of the file; of a directory's tensor file.
+        bytes: of all files of tensors.
+        sha256: of the file; of a directory's tensor file, and of several files of the first.
+        shards: where there are several files of tensors, each of them: path, bytes, sha256.
     """
 
     path: str
     bytes: int
     sha256: str
+    shards: tuple[OutputReport, ...] = ()
 
     @classmethod
-    def of(cls, path: Path, tensor_file: Path) -> OutputReport:
-        return cls(str(path), tensor_file.stat().st_size, sha256_file(tensor_file))
+    def of(cls, path: Path, *tensor_files: Path) -> OutputReport:
+        """What lies there.
+
+        Args:
+            tensor_files: all of them, in order.
+        """
+        each = tuple(cls(str(file), file.stat().st_size, sha256_file(file)) for file in tensor_files)
+        size = sum(file.bytes for file in each)
+        return cls(str(path), size, each[0].sha256, each if len(each) > 1 else ())
 
     def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
+        found: dict[str, Any] = {"path": self.path, "bytes": self.bytes, "sha256": self.sha256}
+        return {**found, "shards": [file.to_json() for file in self.shards]} if self.shards else found
 
 
 @dataclass(frozen=True)

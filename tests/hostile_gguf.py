@@ -165,7 +165,7 @@ GGUF = {
     "unknown type": Case(retyped(77), MODEL, "tensor type 77", sound=True),
     "unknown type 2^32 - 1": Case(retyped(2**32 - 1), MODEL, "tensor type 4294967295", sound=True),
     "integers as weights": Case(retyped(I32), MODEL, "stored as I32", sound=True, smoke=True),
-    "a shard without number": Case(shard(count=P.u32(2) + b"\0\1"), MODEL, "is shard None", sound=True),
+    "a shard without number": Case(shard(count=P.u32(2) + b"\0\1"), MODEL, "is one of 256 shards", sound=True),
     "4000 shards": Case(shard(no=P.uint32(0), count=P.uint32(4000)), MODEL, "shard 2 of 4000: no such file"),
     "99,999 shards": Case(shard(no=P.uint32(0), count=P.uint32(99_999)), MODEL, "split into 99999", sound=True),
     "2^63 shards": Case(

@@ -78,8 +78,8 @@ def check_orientation(adapter: LoraAdapter, model: ModelDescription) -> None:
         raise UnsupportedError(told, file=adapter.tensor_file, tensor=turned[0].tensors[0])
     if adapter.config.fan_in_fan_out and find_architecture(model.architecture) is None:
         told = (
-            f"has fan_in_fan_out, which says that weights are stored as (in, out), and which of those of a "
-            f"{model.architecture} are is not known here. Merge it with PEFT, which has the model's classes"
+            f"has fan_in_fan_out, which says that weights are stored as (in, out), as GPT-2's Conv1D has them; which "
+            f"of a {model.architecture}'s are is not known here. Merge it with PEFT, which has the model's classes"
         )
         raise UnsupportedError(told, file=adapter.config.path)
 

@@ -54,7 +54,7 @@ def whole_tensors(
         if tensor is None:
             continue
         first = places.setdefault((tensor.target, tensor.kind), tensor.key)
-        if first != tensor.key and _is_saved_twice(file, tensor.key, first):
+        if first != tensor.key and _is_saved_twice(adapter, tensor.key, first):
             continue
         if first != tensor.key:
             told = f"is a second tensor for {tensor.target}, the first is {first}: which one was trained can't be told"
@@ -64,12 +64,15 @@ def whole_tensors(
     return found
 
 
-def _is_saved_twice(file: SafetensorsFile, key: str, other: str) -> bool:
-    """PEFT saves a table of a resized vocabulary that was trained whole under its wrapper's name, too."""
+def _is_saved_twice(adapter: _Adapter, key: str, other: str) -> bool:
+    """PEFT saves a table of a resized vocabulary that was trained whole, and with bias="all" the biases of all modules
+    trained so, under their wrapper's name, too."""
     import torch
 
-    same = key.replace(_SAVED, ".") == other or other.replace(_SAVED, ".") == key
-    return same and torch.equal(file.load(key), file.load(other))
+    targets = {_target(name.removeprefix(PREFIX), adapter.names) for name in (key, other)}
+    if len(targets) != 1 or (_SAVED in key) == (_SAVED in other):
+        return False
+    return torch.equal(adapter.file.load(key), adapter.file.load(other))
 
 
 def _tables(file: SafetensorsFile) -> Iterator[WholeTensor]:

@@ -25,6 +25,8 @@ from converters.paths import read_json_object
 _LAYER = re.compile(r"(.*?\.)(\d{1,6})(\..+)")
 _CHOOSING = ("layers_to_transform", "layers_pattern", "exclude_modules", "layer_replication")
 _IN_EVERY_LAYER = ("q_proj", "o_proj", "qkv_proj")  # of every family with a table
+_TEXT = "model.layers."
+_SAME = {"llama", "mistral3"}  # the second was the first before llama.cpp gave it a name of its own
 _CONFIG = "config.json"
 
 _Kind = tuple[str, str]
@@ -92,7 +94,7 @@ def _layers_of(model: ModelDescription, kinds: Mapping[_Kind, set[int]]) -> Mapp
     layers = model.sizes().layers
     if layers is None or find_architecture(model.architecture) is None:
         return {}
-    uniform = [kind for kind in kinds if kind[1].rpartition(".")[2] in _IN_EVERY_LAYER]
+    uniform = [kind for kind in kinds if kind[0] == _TEXT and kind[1].rpartition(".")[2] in _IN_EVERY_LAYER]
     return {kind: kinds[kind] | set(range(min(layers, 1 + max(kinds[kind])), layers)) for kind in uniform
             if layers < 1 << 16}  # fmt: skip
 
@@ -119,7 +121,7 @@ def _check_base(adapter: LoraAdapter, model: ModelDescription) -> None:
         return
     table = find_architecture(theirs)
     if model.layout == "gguf" and model.model_class is None:
-        if table is None or table.name == model.architecture:
+        if table is None or {table.name, model.architecture} <= _SAME or table.name == model.architecture:
             return
     elif theirs == model.model_class or _kinds(base) & _kinds(_config_in(str(model.described_by.parent))):
         return

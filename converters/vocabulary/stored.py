@@ -12,6 +12,7 @@ from converters.gguf_header import read_gguf_header
 from converters.gguf_metadata import GgufHeader
 from converters.gguf_types import Kind
 from converters.vocabulary.bpe import all_added, bpe_tokens
+from converters.vocabulary.chat_templates import chat_template_entries
 from converters.vocabulary.sentencepiece_model import read_sentencepiece_model
 from converters.vocabulary.sources import TokenizerSources
 from converters.vocabulary.spm import spm_tokens
@@ -32,7 +33,7 @@ from converters.vocabulary.tokens import (
     types_entry,
 )
 
-_PREFIX = "tokenizer."
+_PREFIX, _TEMPLATES = "tokenizer.", "tokenizer.chat_template"
 _MODEL, _TOKENS = "tokenizer.ggml.model", "tokenizer.ggml.tokens"
 _TYPES, _SCORES = "tokenizer.ggml.token_type", "tokenizer.ggml.scores"
 _LISTS = {_TOKENS: Kind.STRING, _TYPES: Kind.INT32, _SCORES: Kind.FLOAT32}
@@ -67,7 +68,8 @@ def vocabulary_from_gguf(path: Path, rows: int, architecture: str | None = None)
 def extended_vocabulary(header: GgufHeader, tokenizer_directory: Path, rows: int) -> Vocabulary:
     """A GGUF model's vocabulary with the added tokens that a directory's tokenizer has beyond it.
 
-    Everything else stays: scores, merges, special tokens, template.
+    The directory's chat template comes with them, where it has one. Everything else stays: scores, merges, special
+    tokens.
 
     Args:
         header: of the model, or of its first file.
@@ -88,7 +90,10 @@ def extended_vocabulary(header: GgufHeader, tokenizer_directory: Path, rows: int
         table.put(number, *known[number], ADDED_SCORE)
     table.entries("", "")  # checks that no token stands twice
     notes = () if new or size == rows else (f"{tokenizer_directory} has no tokens beyond the model's {size}",)
-    return Vocabulary(_replaced(header, table), rows, notes, (header.path, *sources.used()))
+    entries, templates = _replaced(header, table), chat_template_entries(sources)
+    if templates:
+        entries = (*(entry for entry in entries if not entry[0].startswith(_TEMPLATES)), *templates)
+    return Vocabulary(entries, rows, notes, (header.path, *sources.used()))
 
 
 def _check_architecture(header: GgufHeader, wanted: str | None) -> None:

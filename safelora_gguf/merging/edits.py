@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ from converters.model_config import ties_of
 from converters.models import Model
 from safelora_gguf.merging.biases import check_new_biases, config_of_biases
 from safelora_gguf.merging.pairs import left_out
-from safelora_gguf.merging.plan import check_scale, updates_of
+from safelora_gguf.merging.plan import check_floats, check_scale, updates_of
 from safelora_gguf.merging.rows import MergedRows, Update
 from safelora_gguf.merging.same import same_update, same_values
 from safelora_gguf.merging.tables import Tables, tables_of
+from safelora_gguf.merging.templates import template_notes
 from safelora_gguf.merging.tokens import check_tables, rows_of_tables, tokenizer_of, trimmed
 
 Updates = Mapping[str, Sequence[Update]]
@@ -46,6 +48,7 @@ class MergePlan:
         shapes: by tensor, as they become.
         notes: a sentence each.
         losses: what belongs to an adapter's update and its files lack, or the model has no place for.
+        parted: whether tied tables of tokens become two.
     """
 
     edits: Edits
@@ -54,12 +57,18 @@ class MergePlan:
     shapes: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()
+    parted: bool = False
 
 
 @dataclass
 class _Found:
-    """What all adapters do, while it is collected."""
+    """What all adapters do, while it is collected.
 
+    Attributes:
+        vocab_from: see `plan_merge`.
+    """
+
+    vocab_from: Path | None = None
     updates: dict[str, list[Update]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     losses: list[str] = field(default_factory=list)
@@ -70,13 +79,16 @@ def merge_edits(model: Model, adapters: Sequence[tuple[LoraAdapter, float]], dev
     return plan_merge(model, adapters, device).edits
 
 
-def plan_merge(model: Model, adapters: Sequence[tuple[LoraAdapter, float]], device: torch.device) -> MergePlan:
+def plan_merge(
+    model: Model, adapters: Sequence[tuple[LoraAdapter, float]], device: torch.device, vocab_from: Path | None = None
+) -> MergePlan:
     """Plans a merge. Reads headers, and of values those that decide what becomes of tables of tokens.
 
     Args:
         model: as it is stored, or changed by an earlier step.
         adapters: each with its scale, 1 as it was trained; one with 0 does nothing.
         device: where products are computed.
+        vocab_from: a file with the output's vocabulary, if it doesn't come from model and adapters.
 
     Raises:
         UsageError: a scale out of range.
@@ -85,7 +97,8 @@ def plan_merge(model: Model, adapters: Sequence[tuple[LoraAdapter, float]], devi
     """
     if device.type == "mps" and any(adapter.magnitudes for adapter, _ in adapters):
         device = torch.device("cpu")  # DoRA's lengths are float64, which mps lacks
-    tables, found = tables_of(model), _Found()
+    check_floats(model)
+    tables, found = tables_of(model), _Found(vocab_from)
     tied: dict[int, tuple[Update | None, Update | None]] = {}
     for number, (adapter, scale) in enumerate(adapters):
         check_scale(scale)
@@ -157,10 +170,16 @@ def _settle_tables(
 
 
 def _planned(
-    model: Model, tables: Tables, found: _Found, adapters: Sequence[LoraAdapter], device: torch.device, *, split: bool
+    model: Model,
+    tables: Tables,
+    found: _Found,
+    adapters: Sequence[LoraAdapter],
+    device: torch.device,
+    *,
+    split: bool,
 ) -> MergePlan:
     for name, several in found.updates.items():
-        found.updates[name] = _without_rivals(several, name, adapters)
+        found.updates[name] = _without_rivals(several, name, adapters, found.notes)
     heights = rows_of_tables(model, tables, found.updates, adapters)
     check_tables(model, tables, heights, split=split)
     check_new_biases(model, [name for name in found.updates if name not in (*model.infos, tables.head)])
@@ -172,11 +191,14 @@ def _planned(
         rows[name] = MergedRows(model, source, shape, found.updates[name], device)
         shapes[name] = shape
         changes[name] = _change(model, name, shape, rows[name], tables)
-    tokenizer, notes = tokenizer_of(model, found.updates, heights, adapters)
+    tokenizer, notes = tokenizer_of(model, found.updates, heights, adapters, found.vocab_from)
+    if found.vocab_from is None:
+        notes += template_notes(model, adapters, tokenizer)
     edits = Edits(changes, _config(model, tables, found.updates, heights, split=split), tokenizer)
     notes = [*found.notes, *notes, *trimmed(model, tables, found.updates)]
     users = {name: tuple(update.adapter for update in updates) for name, updates in found.updates.items()}
-    return MergePlan(edits, rows, {name: users[name] for name in rows}, shapes, tuple(notes), tuple(found.losses))
+    return MergePlan(edits, rows, {name: users[name] for name in rows}, shapes, tuple(notes), tuple(found.losses),
+                     parted=split)  # fmt: skip
 
 
 def _after(name: str, tables: Tables) -> str:
@@ -208,17 +230,23 @@ def _is_stored_so(model: Model, name: str, shape: tuple[int, ...]) -> bool:
     return not edited and model.infos[name].shape == shape
 
 
-def _without_rivals(several: Sequence[Update], name: str, adapters: Sequence[LoraAdapter]) -> list[Update]:
-    """Two adapters can't both say what a tensor, or a token's row, is to be; where they say the same, one does."""
+def _without_rivals(
+    several: Sequence[Update], name: str, adapters: Sequence[LoraAdapter], notes: list[str]
+) -> list[Update]:
+    """Two adapters can't both say what a tensor, or a token's row, is to be; where they say the same, one does. One
+    that is named twice counts as often, with its whole values as with its pairs."""
     kept: list[Update] = []
     for other in several:
+        own = adapters[other.adapter]
         rivals = [one for one in kept if _both_decide(one, other)]
+        rivals = [one for one in rivals if adapters[one.adapter].fingerprint() != own.fingerprint()]
         for one in rivals:
             if one.scale == other.scale and same_values(one, other):
+                notes.append(f"{adapters[one.adapter].path} and {own.path} hold the same values of {name}: they count "
+                             f"once")  # fmt: skip
                 continue
             raise MismatchError(
-                f"and {adapters[other.adapter].path} both hold whole values of {name}: merge one of them, or the one "
-                f"after the other",
+                f"and {own.path} both hold whole values of {name}: merge one of them, or the one after the other",
                 file=adapters[one.adapter].path,
             )
         kept.append(replace(other, replaces=None, tokens=()) if rivals else other)

@@ -21,7 +21,7 @@ from converters.names import canonical, named
 from converters.origins import origins_in
 from safelora_gguf.merging.fused import OneHead, RowsOfWhole, fused_place, head_places
 from safelora_gguf.merging.tables import Tables
-from safelora_gguf.pairing import check_adapted
+from safelora_gguf.pairing import check_adapted, within_base
 
 _WEIGHT = ".weight"
 _REMEDY = "Files of one format need none: merge a GGUF adapter into a GGUF file of the model"
@@ -150,7 +150,7 @@ def placed_pairs(model: Model, adapter: LoraAdapter, tables: Tables) -> list[Pla
         FormatError: the heads can't be told.
     """
     if adapter.layout == model.layout:
-        names = _names(model)
+        names = within_base(_names(model), [pair.weight for pair in adapter.pairs.values()])
         own = {module for module, pair in adapter.pairs.items() if _is_direct(pair, model, names)}
         found = [*_direct(model, adapter, own, names, tables), *_heads(model, adapter)]
         return found + _through_table(model, adapter, adapter.pairs.keys() - own, tables)
@@ -237,7 +237,7 @@ def _fused(model: Model, adapter: LoraAdapter, modules: Collection[str]) -> Mapp
 
 def _through_table(model: Model, adapter: LoraAdapter, modules: Collection[str], tables: Tables) -> list[PlacedPair]:
     """Pairs that a checkpoint has under other names or in another form: to GGUF's layout, and back from there."""
-    heads = [module for module in modules if tables.has(adapter.pairs[module].weight)]
+    heads = {module: None for module in modules if tables.has(adapter.pairs[module].weight)}
     found = [PlacedPair(adapter, module, tables.needed(adapter.pairs[module].weight)) for module in heads]
     rest = {module for module in modules if module not in heads}
     if not rest:
@@ -260,10 +260,10 @@ def _in_gguf(
         return adapter, modules
     unknown = [module for module in modules if not bridge.architecture.to_gguf(adapter.pairs[module].weight)]
     if unknown:
-        check_adapted(model, adapter, unknown)
+        check_adapted(model, adapter, set(unknown))
         places_in_gguf(bridge.architecture, adapter.pairs[unknown[0]], adapter.path)
     view = ConvertedAdapter(adapter, bridge)
-    return view, [name for own, parts in view.origins().items() if own in modules for name, _ in parts]
+    return view, {name: None for own, parts in view.origins().items() if own in modules for name, _ in parts}
 
 
 def _brought_back(model: Model, view: LoraAdapter, modules: Collection[str], table: Architecture) -> list[PlacedPair]:

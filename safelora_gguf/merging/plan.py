@@ -9,18 +9,27 @@ from converters.adapters.converted import check_orientation
 from converters.adapters.lora import LoraAdapter
 from converters.adapters.trained_on import check_trained_on
 from converters.adapters.whole import WholeTensor
+from converters.changed_model import ChangedModel
+from converters.checkpoint import Checkpoint
 from converters.conv1d import has_conv1d
-from converters.errors import MismatchError, UnsupportedError, UsageError
+from converters.errors import InputError, MismatchError, UnsupportedError, UsageError
 from converters.layouts import find_table
 from converters.models import Model
 from converters.names import canonical
+from converters.quantized_checkpoints import refuse_quantized
 from safelora_gguf.merging.pairs import PlacedPair, in_layout_of, left_out, placed_pairs
 from safelora_gguf.merging.rows import OwnValues, Update
 from safelora_gguf.merging.same import is_stored
 from safelora_gguf.merging.tables import Tables
+from safelora_gguf.pairing import within_base
 
 _WEIGHT, _BIAS = ".weight", ".bias"
 _LARGEST_SCALE = 1000.0
+# What transformers' classes for other tasks than language modeling call their last layers.
+_OTHER_TASKS = frozenset({
+    "score", "classifier", "classifier.dense", "classifier.out_proj", "classification_head.dense",
+    "classification_head.out_proj", "qa_outputs", "pre_classifier", "regression_head", "v_head.summary",
+})  # fmt: skip
 
 
 @dataclass
@@ -59,7 +68,7 @@ def updates_of(
     found: dict[str, _Parts] = {}
     for pair in placed_pairs(model, seen, tables):
         found.setdefault(pair.tensor, _Parts()).pairs.append(pair)
-    places = _Places(model, tables)
+    places = _Places(model, tables, seen)
     for key, whole in seen.whole.items():
         tensor = places.of(whole, seen)
         stored = tables.embedding if tensor == tables.head and not tables.stored_head else tensor
@@ -76,6 +85,21 @@ def updates_of(
         if tensor in model.infos:
             model.check_type(tensor)
     return {tensor: parts.as_update(number, scale) for tensor, parts in found.items()}, seen
+
+
+def check_floats(model: Model) -> None:
+    """That the model's weights are floats, and meant as such. Of MXFP4's, where the experts alone are packed, the
+    others can be merged into.
+
+    Raises:
+        UnsupportedError: they are quantized, or config.json has transformers quantize them on loading.
+    """
+    stored = model.stored if isinstance(model, ChangedModel) else model
+    if not isinstance(stored, Checkpoint):
+        return
+    settings = stored.config.get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != "mxfp4":
+        refuse_quantized(stored.config, stored.config_file, stored.infos)
 
 
 def check_scale(scale: float) -> None:
@@ -118,9 +142,12 @@ def _check_shared(adapter: LoraAdapter, model: Model, tables: Tables) -> None:
 class _Places:
     """Where the tensors go that an adapter holds beside its pairs."""
 
-    def __init__(self, model: Model, tables: Tables) -> None:
+    def __init__(self, model: Model, tables: Tables, adapter: LoraAdapter) -> None:
         self._model, self._tables = model, tables
-        self._names = {canonical(name): name for name in model.infos}
+        own = {canonical(name): name for name in model.infos}
+        targets = [whole.target for whole in adapter.whole.values()]
+        others = [target for target in targets if not tables.has(target.removesuffix(_WEIGHT))]
+        self._names = own if model.layout == "gguf" else within_base(own, others)
         self._table = None if model.layout == "gguf" else find_table(model)
         self._other_names: dict[tuple[str, ...], str] | None = None
 
@@ -140,8 +167,7 @@ class _Places:
             owner = self._names.get(f"{whole.target.removesuffix(_BIAS)}{_WEIGHT}")
             if not whole.target.endswith(_BIAS) or owner is None:
                 self._refuse_other_form(whole, adapter)
-                told = f"is for {whole.target}, which {self._model.path} hasn't: the adapter is for another model"
-                raise MismatchError(told, file=adapter.tensor_file, tensor=whole.key)
+                raise self._unknown(whole, adapter)
             expected, found = self._model.infos[owner].shape[:-1], f"{owner.removesuffix(_WEIGHT)}{_BIAS}"
         else:
             expected = self._model.infos[found].shape
@@ -162,6 +188,24 @@ class _Places:
                     file=adapter.tensor_file,
                     tensor=whole.key,
                 )
+
+    def _unknown(self, whole: WholeTensor, adapter: LoraAdapter) -> InputError:
+        model = f"{self._model.path} (a {self._model.model_class or self._model.architecture})"
+        if not adapter.pairs:
+            told = f"is for {whole.target}, which {model} hasn't: the adapter is for another model"
+            return MismatchError(told, file=adapter.tensor_file, tensor=whole.key)
+        if whole.target.rpartition(".")[0] in _OTHER_TASKS:
+            told = (
+                f"was trained whole, as {whole.target}, the head of another task, and {model} has none: name the model "
+                f"with that head (of the class that the adapter was trained as), or leave it out of the adapter"
+            )
+        else:
+            told = (
+                f"was trained whole, as {whole.target}, which {model} doesn't store: it is another tensor's once more "
+                f"(tied weights), belongs to another class, or the adapter to another model. Merge it with PEFT, or "
+                f"leave it out of the adapter"
+            )
+        return UnsupportedError(told, file=adapter.tensor_file, tensor=whole.key)
 
     def _check_width(self, whole: WholeTensor, adapter: LoraAdapter) -> None:
         assert self._tables.embedding is not None, "a table is there"

@@ -76,9 +76,16 @@ def trimmed(model: Model, tables: Tables, updates: Updates) -> list[str]:
 
 
 def tokenizer_of(
-    model: Model, updates: Updates, heights: Mapping[str, int], adapters: Sequence[LoraAdapter]
+    model: Model,
+    updates: Updates,
+    heights: Mapping[str, int],
+    adapters: Sequence[LoraAdapter],
+    vocab_from: Path | None = None,
 ) -> tuple[Path | None, list[str]]:
     """The directory whose tokenizer the merged model needs, None for the model's own; and a sentence about it.
+
+    Args:
+        vocab_from: a file that has the merged model's vocabulary.
 
     Raises:
         UnsupportedError: new tokens, and nothing says what they are.
@@ -90,11 +97,14 @@ def tokenizer_of(
             adapter = adapters[update.adapter]
             there = any((adapter.path / file).is_file() for file in _TOKENIZERS)
             if update.rows() > stored:
+                if vocab_from is not None:
+                    return None, [f"the vocabulary grows from {stored} to {height} tokens, which are those of "
+                                  f"{vocab_from}"]  # fmt: skip
                 if not there:
                     raise UnsupportedError(
                         f"extends the vocabulary from {stored} to {update.rows()} tokens, and holds no tokenizer that "
                         f"says what they are: put the tokenizer.json (or tokenizer.model) that it was trained with "
-                        f"beside it",
+                        f"beside it, or for GGUF name a file that has them with --vocab-from",
                         file=adapter.path,
                     )
                 return adapter.path, [f"the vocabulary grows from {stored} to {height} tokens; the tokenizer is that "

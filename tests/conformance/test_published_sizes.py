@@ -48,7 +48,15 @@ def taken(root: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int,
     """Raises unless a pair for every module is taken."""
     (root / "config.json").write_text(json.dumps(config))
     pairs = {name: LoraPair(name, name, ("A", "B"), 1, 1.0, shape) for name, shape in shapes.items()}
-    adapter = SimpleNamespace(layout="hugging_face", pairs=pairs, path=root, tensor_file=root, format="peft")
+    adapter = SimpleNamespace(
+        layout="hugging_face",
+        pairs=pairs,
+        path=root,
+        tensor_file=root,
+        format="peft",
+        base_model_name=None,
+        peft_config=None,
+    )
     check_sizes(cast(LoraAdapter, adapter), ConfiguredModel(root, root / "config.json"))
 
 

@@ -31,7 +31,8 @@ def adapter(shapes: Mapping[str, tuple[int, int]], layout: Layout = "hugging_fac
         for module, shape in shapes.items()
     }
     file = Path("adapter")
-    return cast(LoraAdapter, SimpleNamespace(layout=layout, pairs=pairs, path=file, tensor_file=file, format="peft"))
+    facts = {"format": "peft", "base_model_name": None, "peft_config": None}
+    return cast(LoraAdapter, SimpleNamespace(layout=layout, pairs=pairs, path=file, tensor_file=file, **facts))
 
 
 def configured(root: Path, config: Mapping[str, Any]) -> ModelDescription:

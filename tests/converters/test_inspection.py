@@ -143,7 +143,7 @@ def test_a_split_model_is_told_whole_by_its_first_shard(tmp_path: Path) -> None:
     found = inspect_path(first)
     assert [path for path, _ in found.files] == [first, second] and found.warnings == ()
     assert [tensor.name for tensor in found.tensors] == ["blk.0.attn_q.weight", "blk.1.attn_q.weight"]
-    assert "is shard 1 of 2; name the first shard" in told(inspect_path(second))
+    assert "is shard 2 of 2; name the first shard" in told(inspect_path(second))
     second.unlink()
     with pytest.raises(FileMissingError, match="shard 2 of 2"):
         inspect_path(first)

@@ -247,3 +247,13 @@ def test_the_report_of_a_quantized_model(tmp_path: Path) -> None:
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     assert {tensor.name: tensor.type for tensor in report.tensors} == types
     assert {tensor.stored_error for tensor in report.tensors} == {None} and "Q4_K" in report.notes[0]
+
+
+@pytest.mark.parametrize(("limit", "words"), [(None, ""), (2_000_000, " and 1 file more"), (500_000, " files more")])
+def test_the_summary_counts_the_files(limit: int | None, words: str, tmp_path: Path) -> None:
+    from safelora_gguf.model_tables import convert_model_summary
+
+    report = convert_model(ALIGNED, tmp_path / "a.gguf", split_max_size=limit)
+    more = len(list(tmp_path.glob("a*.gguf"))) - 1
+    wrote = convert_model_summary(report)[0]
+    assert words in wrote and (f"and {more} " in wrote) == (more > 0)

@@ -208,7 +208,7 @@ def test_fan_in_fan_out_of_unknown_layers_is_refused(trio: Trio, tmp_path: Path)
         convert(trio.adapter, tmp_path / "2", "--base", trio.aligned, "--json"),
     ):
         assert (told.exit_code, json.loads(told.stdout)["error"]["kind"]) == (3, "unsupported")
-        assert re.search(r"fan_in_fan_out.*Conv1D.*GPT2LMHeadModel.*write false", told.stderr)
+        assert re.search(r"fan_in_fan_out.*Conv1D.*GPT2LMHeadModel.*with PEFT", told.stderr)
     assert not (tmp_path / "1").exists() and not (tmp_path / "2").exists()
 
 

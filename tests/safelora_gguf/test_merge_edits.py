@@ -129,8 +129,8 @@ def test_two_adapters_that_hold_the_same_tensor(tmp_path: Path) -> None:
     model, _ = checkpoint(tmp_path / "model")
     first, second = noise(SIZES.hidden), noise(SIZES.hidden, seed=8)
     one, same, other = (
-        with_whole(tmp_path / name, {"model.norm.weight": values}, modules_to_save=["norm"])
-        for name, values in (("one", first), ("same", first), ("other", second))
+        with_whole(tmp_path / name, {"model.norm.weight": values}, modules_to_save=["norm"], lora_alpha=alpha)
+        for name, values, alpha in (("one", first, 8), ("same", first, 16), ("other", second, 8))
     )
     with pytest.raises(MismatchError, match=r"both hold whole values of model\.norm\.weight"):
         plan(model, (one, 1.0), (other, 1.0))
@@ -138,6 +138,20 @@ def test_two_adapters_that_hold_the_same_tensor(tmp_path: Path) -> None:
         plan(model, (one, 1.0), (same, 0.5))
     found = merged(model, (one, 1.0), (same, 1.0))
     torch.testing.assert_close(found["model.norm.weight"], first.double(), rtol=1e-6, atol=1e-7)
+    (note,) = plan(model, (one, 1.0), (same, 1.0)).notes
+    assert "hold the same values of model.norm.weight: they count once" in note
+
+
+def test_an_adapter_that_is_named_twice_counts_twice(tmp_path: Path) -> None:
+    """W + sum of scale * (W' - W), of whole values as of pairs."""
+    model, before = checkpoint(tmp_path / "model")
+    new = noise(SIZES.hidden)
+    adapter = with_whole(tmp_path / "adapter", {"model.norm.weight": new}, modules_to_save=["norm"])
+    found, once = (merged(model, *(((adapter, 1.0), (adapter, 0.5))[:count])) for count in (2, 1))
+    for name, old in before.items():
+        wanted = old.double() + 1.5 * (once[name] - old.double())
+        torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-6, msg=name)
+    assert not plan(model, (adapter, 1.0), (adapter, 0.5)).notes
 
 
 def test_refused_adapters(tmp_path: Path) -> None:
