@@ -76,7 +76,7 @@ def extrapolate_models(
         UsageError: options that make no sense.
         InputError: a file or an output path that cannot be used; nothing was written.
         WriteError: the disk is full or fails; nothing partial was left.
-        EngineError: llama.cpp's quantizer failed.
+        LlamaError: llama.cpp's quantizer failed.
     """
     wanted = Extrapolation(rank, coef, tolerance)
     if form == "adapter" and rank == 0:
