@@ -37,7 +37,7 @@ def command_for(module: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", module)
 
 
-_FOR_TORCH = ("OMP_WAIT_POLICY", "PASSIVE")
+_FOR_TORCH = ("GOMP_SPINCOUNT", "10000")
 """What the command line sets for torch's threads; llama.cpp's are better off without, see `safelora_gguf.cli`."""
 
 

@@ -22,7 +22,7 @@ from safelora_gguf.commands.project import project
 from safelora_gguf.commands.run import run
 from safelora_gguf.commands.smoke import smoke
 
-_WAITING = "OMP_WAIT_POLICY"
+_WAITING = {"GOMP_SPINCOUNT": "10000"}
 
 app = typer.Typer(
     name="safelora-gguf",
@@ -48,10 +48,10 @@ app.command("demo")(as_command("demo", demo))
 
 def main() -> None:
     """The entry point of the console script."""
-    if _WAITING not in os.environ:
-        # libgomp's threads spin where they wait: on a busy machine they take most of the time from each other. Children
-        # that run llama.cpp, whose threads meet thousands of times for a token, do without.
-        os.environ[_WAITING] = "PASSIVE"
+    if not os.environ.keys() & _WAITING.keys() and "OMP_WAIT_POLICY" not in os.environ:
+        # libgomp's threads spin where they wait: on a busy machine they take most of the time from each other. So they
+        # spin for less long; not at all would cost much on an idle one. Children that run llama.cpp do without this.
+        os.environ.update(_WAITING)
     app()
 
 

@@ -133,7 +133,7 @@ def _run(script: str, method: str, request: Request) -> tuple[Outcome, int]:
 def _environment(threads: int) -> dict[str, str]:
     paths = [str(_HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_WAIT_POLICY": "PASSIVE"}  # as our command line sets it, for all
+    own = {"PYTHONPATH": os.pathsep.join(paths), "GOMP_SPINCOUNT": "10000"}  # as our command line sets it, for all
     return {**os.environ, **own, **dict.fromkeys(names, str(threads))}
 
 
