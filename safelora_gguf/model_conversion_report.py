@@ -57,7 +57,8 @@ class ConvertModelReport:
         if self.files is None:
             return None
         first = self.files[0]
-        return OutputReport(first.path, sum(file.bytes for file in self.files), first.sha256)
+        shards = self.files if len(self.files) > 1 else ()
+        return OutputReport(first.path, sum(file.bytes for file in self.files), first.sha256, shards)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that the command line contract describes."""
@@ -70,7 +71,4 @@ class ConvertModelReport:
             "losses": list(self.losses),
             "notes": list(self.notes),
         }
-        result |= output_entry(self.output, self.planned_output)
-        if self.files is not None and len(self.files) > 1:
-            result["output"]["shards"] = [file.to_json() for file in self.files]
-        return result
+        return result | output_entry(self.output, self.planned_output)

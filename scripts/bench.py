@@ -255,7 +255,7 @@ def convert_model(
         if llama_cpp is not None:
             _compare_gguf(Path(wanted["convert"].out), Path(wanted["upstream"].out))
         subject = f"convert model to {outtype.upper()}: {_sized(files, runs, threads)}"
-        _print_series(subject, bench_checkpoints.rows(series), series, json_output, markdown)
+        _print_series(subject, bench_whole.rows(series, bench_checkpoints.TITLES), series, json_output, markdown)
 
 
 @app.command()
@@ -275,7 +275,7 @@ def merge(
         wanted = bench_checkpoints.merges(files.aligned, files.adapter(), outputs, threads)
         series = _in_turns(wanted, runs, "bench_checkpoints.py")
         subject = f"merge an adapter of rank {rank} on all projections: {_sized(files, runs, threads)}"
-        _print_series(subject, bench_checkpoints.rows(series), series, json_output, markdown)
+        _print_series(subject, bench_whole.rows(series, bench_checkpoints.TITLES), series, json_output, markdown)
 
 
 def _in_turns(wanted: Mapping[str, AnyRequest], runs: int, script: str) -> dict[str, Series]:

@@ -18,7 +18,7 @@ import os
 import runpy
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,11 +27,10 @@ from bench_outcome import Outcome, peak_resident, timed
 
 if TYPE_CHECKING:
     from bench_models import Files
-    from bench_runs import Series
 
 _CHUNK = 16 << 20
 _TOKENIZER = Path(__file__).resolve().parents[1] / "safelora_gguf" / "tiny_family" / "aligned"
-_TITLES = {
+TITLES = {
     "convert": "`convert model`",
     "upstream": "convert_hf_to_gguf.py",
     "merge": "`merge`",
@@ -74,16 +73,6 @@ def with_tokenizer(files: Files, place: Path) -> Path:
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(_TOKENIZER / name, place / name)
     return place
-
-
-def rows(series: Mapping[str, Series]) -> Iterator[tuple[str, ...]]:
-    """As under `HEAD`."""
-    least = series["copy"].median
-    for method, found in series.items():
-        beyond = "" if method == "copy" else f"{found.median - least:+.1f}"
-        memory = "unknown" if found.peak_anonymous is None else f"{found.peak_anonymous / 1e6:,.0f} MB"
-        spread = f"{min(found.seconds):.1f} to {max(found.seconds):.1f}"
-        yield _TITLES[method], f"{found.median:.1f}", spread, beyond, memory
 
 
 def convert(request: Request) -> float:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 HEAD = ("method", "median s", "min to max", "beyond copying s", "peak anonymous memory")
 
 _CHUNK = 16 << 20
-_TITLES = {"model": "`extrapolate --as model`", "adapter": "`extrapolate` (adapter)", "copy": "copying the bytes"}
+TITLES = {"model": "`extrapolate --as model`", "adapter": "`extrapolate` (adapter)", "copy": "copying the bytes"}
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ def requests(base: Path, aligned: Path, outputs: Path, rank: int, threads: int) 
     return {method: Request(str(base), str(aligned), str(outputs / out), rank, threads) for method, out in outs.items()}
 
 
-def rows(series: Mapping[str, Series]) -> Iterator[tuple[str, ...]]:
-    """As under `HEAD`."""
+def rows(series: Mapping[str, Series], titles: Mapping[str, str] = TITLES) -> Iterator[tuple[str, ...]]:
+    """As under `HEAD`, of methods of which one is `copy`."""
     least = series["copy"].median
     for method, found in series.items():
         beyond = "" if method == "copy" else f"{found.median - least:+.1f}"
         memory = "unknown" if found.peak_anonymous is None else f"{found.peak_anonymous / 1e6:,.0f} MB"
         spread = f"{min(found.seconds):.1f} to {max(found.seconds):.1f}"
-        yield _TITLES[method], f"{found.median:.1f}", spread, beyond, memory
+        yield titles[method], f"{found.median:.1f}", spread, beyond, memory
 
 
 def model(request: Request) -> float:

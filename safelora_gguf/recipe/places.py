@@ -11,6 +11,7 @@ from converters.errors import Error, UsageError
 from converters.paths import is_there
 from safelora_gguf._version import __version__
 from safelora_gguf.cards import desktop_paths
+from safelora_gguf.output_card import is_file
 from safelora_gguf.recipe.in_memory import made_in_memory
 from safelora_gguf.recipe.journal import Journal, key_of, stamp_of_input
 from safelora_gguf.recipe.options import arguments, beside, paths_in
@@ -106,7 +107,7 @@ class Places:
     def cards(self, step: Step, report: Mapping[str, Any]) -> list[Path]:
         """The files that `card = true` makes beside a GGUF output."""
         output = Path(str((report.get("output") or report.get("planned_output") or {}).get("path", ""))).absolute()
-        return list(desktop_paths(output)) if step.options.get("card") is True and _is_gguf(output) else []
+        return list(desktop_paths(output)) if step.options.get("card") is True and is_file(output) else []
 
 
 def in_step(error: Error, step: Step) -> Error:
@@ -120,7 +121,3 @@ def is_in(path: Path, made: Sequence[str]) -> bool:
     """Whether a path is, or lies in, what an earlier step makes."""
     place = os.path.normpath(path)
     return any(place == other or place.startswith(other + os.sep) for other in made)
-
-
-def _is_gguf(output: Path) -> bool:
-    return output.suffix.lower() == ".gguf" and not output.is_dir()
