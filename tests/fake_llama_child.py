@@ -5,20 +5,27 @@
 Words in the file name of a model or an adapter, or in a prompt, say how: segv, exit, hang, garbage, cut (half a line),
 reject, beat (signs of life for ever). A prompt's word works when its turn comes, after the ones before it were
 answered; `first-` before a prompt's word: only where it is the first such time in this journal; `score-`: only where
-no text is asked for. JOURNAL gets a line for every request: what was asked, and the keys of its items.
+no text is asked for. A prompt's words are its tokens after BOS (0): 2 for what is longer than three letters, otherwise
+1. `long` among them: it does not fit. A capture has no prompts: there the weights' names hold the words (`later-`: not
+the first time), and `unread-1` says which item can't be read. What it writes tells where it is from: 100 times the
+item's key and the position.
+JOURNAL gets a line for every request: what was asked, and the keys of its items.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import struct
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 VOCABULARY = "a" * 64
+WIDTH, WIDE = 4, 8
 PIECES = ["I", " can", "'t"]
 
 
@@ -45,6 +52,8 @@ def answer_to(request: dict[str, Any], seen: str) -> None:
         say({"ok": {"pieces": PIECES}})
     elif do == "diverge":
         diverge(Path(request["file"]))
+    elif do == "capture":
+        capture(request, seen)
     else:
         work(request, seen)
 
@@ -60,7 +69,9 @@ def work(request: dict[str, Any], seen: str) -> None:
         if misbehave(prompt):
             return
         say({"alive": item["key"]})
-        if record is None:
+        if request["do"] == "continue":
+            say({"item": item["key"], "continued": continued(prompt, request["max_tokens"])})
+        elif record is None:
             say({"item": item["key"], "answer": answer(request)})
         else:
             with record.open("a") as file:
@@ -74,6 +85,43 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     text = "I can't help with that." if request["max_tokens"] else ""
     top = [[token, -float(token)] for token in range(min(request["top"], len(PIECES)))]
     return {"text": text, "error": None, "stop": "end", "top": top, "score": 2.5 if request["refusal"] else None}
+
+
+def continued(prompt: str, max_tokens: int) -> dict[str, Any]:
+    if "long" in prompt.split():
+        return {"prompt": [], "answer": [], "text": "", "stop": "end", "error": "longer than the context"}
+    tokens = [0, *(1 + (len(word) > 3) for word in prompt.split())]
+    return {"prompt": tokens, "answer": [1, 2, 0][:max_tokens], "text": "I can", "stop": "end", "error": None}
+
+
+def capture(request: dict[str, Any], seen: str) -> None:
+    names = " ".join(request["weights"])
+    spared = ("first-" in names and "capture" in seen) or ("later-" in names and "capture" not in seen)
+    if not spared and misbehave(names):
+        return
+    for item in request["items"]:
+        unread = f"unread-{item['key']}" in names
+        say({"item": item["key"], "captured": 0 if unread else len(item["keep"]), "error": "no" if unread else None})
+    data, groups = b"", []
+    rows = [(100 * item["key"] + place, item["key"]) for item in request["items"] for place in item["keep"]]
+    for weights in inputs_of(request["weights"]):
+        width = WIDE if "down" in weights[0] else WIDTH
+        groups.append({"weights": weights, "width": width, "rows": len(rows), "slots": 1, "used": 0})
+        data += bytes(-len(data) % 64)
+        groups[-1]["offset"] = len(data)
+        for value, _ in rows:
+            data += struct.pack("<e", value) * width
+        data += struct.pack(f"<{len(rows)}f", *(f"unread-{key}" not in names for _, key in rows))
+    Path(request["file"]).write_bytes(data)
+    say({"ok": {"groups": groups, "bytes": len(data)}})
+
+
+def inputs_of(weights: list[str]) -> list[list[str]]:
+    """Queries, keys and values of a layer share their input."""
+    found: dict[str, list[str]] = {}
+    for weight in weights:
+        found.setdefault(re.sub("attn_[qkv]", "attn", weight), []).append(weight)
+    return list(found.values())
 
 
 def diverge(file: Path) -> None:

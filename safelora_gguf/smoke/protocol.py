@@ -10,6 +10,11 @@
     {"do": "diverge", "file"}
         -> {"item": key, "divergence": {"kl", "top1", "positions"}}, or {"item": key, "divergence": null, "error": text}
            where the item could not be read, then {"ok": {}}
+    {"do": "continue", "items": [...], "max_tokens"}
+        -> {"item": key, "continued": {Continued...}} as each is finished, then {"ok": {"items": n}}
+    {"do": "capture", "items": [{"key", "tokens": [ids], "keep": [positions]}, ...], "weights": [names], "file"}
+        -> {"item": key, "captured": rows, "error": null or text} as each is read,
+           then {"ok": {"groups": [{InputGroup...}, ...], "bytes": n}}
     while any of these is at work    -> {"alive": tokens decoded so far} between two decodes, every half second at most
     what fails                             -> {"failed": {"kind", "message"}} instead of "ok"; the child lives on
 
@@ -22,6 +27,11 @@ record: the greedy continuation of each item, and the next-token distribution at
 (the format is `distributions`'). An item that failed is not in the file.
 diverge: the token sequences in `file`, read with the adapters set now: mean KL(recorded || now) in nats over the
 positions, and the share of positions where both hold the same token likeliest.
+continue: as answer, with the tokens themselves.
+capture: reads `tokens`, generates nothing, and writes what the named weights (as the GGUF file has them) are multiplied
+with at the positions `keep` into `file` (the format is `capture_file`'s): one row a position, in the order of the
+items, whatever was decoded together. An item that could not be read gives 0 rows; the file has rows for it all the
+same, of scale 0.
 
 ASCII only (json's default), so that no locale matters and odd bytes in paths survive. Every number is finite.
 """
@@ -107,6 +117,54 @@ class Answer:
     stop: Stop = "end"
     top: tuple[tuple[int, float], ...] = ()
     score: float | None = None
+
+
+@dataclass(frozen=True)
+class Continued:
+    """What a model said to one chat, in tokens.
+
+    Args:
+        prompt: the rendered chat.
+        answer: what followed greedily, without the token that ended it.
+        text: the answer; begins with the tag of a reasoning block where the template opened one.
+        stop: why it ends where it does.
+        error: why there is none.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    text: str
+    stop: Stop = "end"
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Tokens to be read, and the positions among them whose inputs are kept, ascending."""
+
+    tokens: tuple[int, ...]
+    keep: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Weights that are multiplied with the same input, and where its rows stand in a file of captured inputs.
+
+    Attributes:
+        weights: names in the GGUF file, in the order llama.cpp multiplies them.
+        width: elements of an input.
+        rows: kept positions of all items.
+        slots: inputs of a row: 1, or as many as experts are used where each has its own.
+        used: experts that a row is routed to; 0 where the weights are no stacks of experts.
+        offset: where the rows begin.
+    """
+
+    weights: tuple[str, ...]
+    width: int
+    rows: int
+    slots: int
+    used: int
+    offset: int
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,10 @@ class Batch:
     def full(self) -> bool:
         return self.count == self.room
 
+    @property
+    def tokens(self) -> list[int]:
+        return list(self._tokens[: self.count])
+
     def clear(self) -> None:
         self.count = 0
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from converters.llama_child import end_with_the_parent, reply_stream, send
 from safelora_gguf.smoke.llama.errors import EngineError
-from safelora_gguf.smoke.protocol import ALIVE_EVERY, AdapterChoice, ModelOptions
+from safelora_gguf.smoke.protocol import ALIVE_EVERY, AdapterChoice, ModelOptions, Reading
 
 if TYPE_CHECKING:
     from safelora_gguf.smoke.llama.engine import Engine, Item
@@ -137,6 +137,25 @@ def _diverge(work: _Work, request: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _continue(work: _Work, request: Mapping[str, Any]) -> dict[str, Any]:
+    count = 0
+    for key, continued in work.engine.continuations(_items(request), work.live, max_tokens=request["max_tokens"]):
+        work.say({"item": key, "continued": asdict(continued)})
+        count += 1
+    return {"items": count}
+
+
+def _capture(work: _Work, request: Mapping[str, Any]) -> dict[str, Any]:
+    file = Path(request["file"])
+    readings = {item["key"]: Reading(tuple(item["tokens"]), tuple(item["keep"])) for item in request["items"]}
+
+    def done(key: int, rows: int, error: str | None) -> None:
+        work.say({"item": key, "captured": rows, "error": error})
+
+    groups = work.engine.capture(readings, request["weights"], work.live, done, file=file)
+    return {"groups": [asdict(group) for group in groups], "bytes": file.stat().st_size}
+
+
 def _items(request: Mapping[str, Any]) -> list[Item]:
     from safelora_gguf.smoke.llama.engine import Item
 
@@ -149,6 +168,8 @@ _REQUESTS: dict[str, Callable[[_Work, Mapping[str, Any]], dict[str, Any]]] = {
     "answer": _answer,
     "record": _record,
     "diverge": _diverge,
+    "continue": _continue,
+    "capture": _capture,
 }
 
 

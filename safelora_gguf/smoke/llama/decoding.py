@@ -17,45 +17,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
 
 from converters.llama_log import LlamaLog
 from safelora_gguf.smoke.llama.batch import Batch
+from safelora_gguf.smoke.llama.context import BATCH, new_context, wanted_room
 from safelora_gguf.smoke.llama.errors import EngineError, PromptError
+from safelora_gguf.smoke.llama.sequences import Observer, Reader, Span
 from safelora_gguf.smoke.protocol import ModelOptions
 
-DEFAULT_CTX = 4096
-BATCH = 256
-_LEAST_CTX = 512
-_ROWS = 64
+_LEAST_ROWS = 64
 """At most so many logits rows a decode: 64 of 150,000 tokens are 38 MB."""
-_MOST_SEQUENCES = 255
-"""llama.cpp's own bound (LLAMA_MAX_SEQ), less the shared beginning."""
-
-
-class Reader(Protocol):
-    """One sequence to be decoded: `tokens`, of which the logits are wanted from index `wanted` on, and at most
-    `growth` tokens that it may add."""
-
-    @property
-    def tokens(self) -> Sequence[int]: ...
-    @property
-    def wanted(self) -> int: ...
-    @property
-    def growth(self) -> int: ...
-
-    def take(self, logits: Any) -> int | None:
-        """Logits (n_vocab,) after the next wanted token, valid during the call; after the last of all, the token to
-        go on with, None to end. May raise PromptError, which ends it, too."""
-
-    def cut(self) -> None:
-        """The time limit ended it."""
-
-    def fail(self, error: PromptError) -> None:
-        """It can't be decoded."""
+_OBSERVED_LOGITS = 64 << 20
+"""Bytes of logits a decode where many rows are wanted, of which nothing is read."""
 
 
 @dataclass(eq=False)
@@ -76,12 +53,10 @@ class _Slot:
 
 
 class Decoder:
-    """A context of its own on a loaded model.
+    """A context of its own on a loaded model (see `context` for its size).
 
-    Cells (tokens whose keys and values are kept): as many as the longest sequence may have, at least 4096, but no more
-    than all sequences together could fill. So it takes the memory that one prompt of the full context would; prompts
-    that don't fit together wait for one another. Where llama.cpp can't make such a context, half of it for half as many
-    sequences, down to one of 512.
+    Args:
+        observer: sees each decode; with one, as many rows of logits are computed at once as memory allows.
 
     Raises:
         EngineError: rejected: llama.cpp makes none; unsupported: the model is none that generates token by token.
@@ -93,23 +68,43 @@ class Decoder:
         notes: sentences for the report.
     """
 
-    def __init__(self, model: Any, options: ModelOptions, log: LlamaLog) -> None:
-        self._model = model
+    def __init__(self, model: Any, options: ModelOptions, log: LlamaLog, observer: Observer | None = None) -> None:
         self._log = log
         self._seconds = options.prompt_seconds
+        self._observer = observer
         self.decoded = 0
-        self.notes: tuple[str, ...] = ()
-        trained = lib.llama_model_n_ctx_train(model)
-        self.limit = options.ctx or min(trained if trained > 0 else DEFAULT_CTX, DEFAULT_CTX)
-        self._parallel = max(1, min(options.parallel, _MOST_SEQUENCES))
-        self._cells = max(self.limit, min(self._parallel * self.limit, DEFAULT_CTX))
-        self.context = self._new_context(options)
+        self._n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+        rows, most, callback = _LEAST_ROWS, None, None
+        if observer is not None:
+            rows = min(max(rows, _OBSERVED_LOGITS // (4 * self._n_vocab)), BATCH)
+            most, callback = observer.parallel, observer.callback
+        made = new_context(model, options, wanted_room(model, options, rows=rows, most=most), log, callback)
+        room = made.room
+        self.context, self.notes = made.pointer, made.notes
+        self.limit, self._parallel, self._cells = room.limit, room.parallel, room.cells
         self._memory = lib.llama_get_memory(self.context)
         if not self._memory:  # such as a diffusion model's
             raise EngineError("unsupported", "the model does not read a text token by token; smoke can't chat with it")
-        self._batch = Batch(min(self._cells, BATCH))
-        self._rows = min(max(_ROWS, self._parallel), self._batch.room)
-        self._n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+        self._batch = Batch(room.batch)
+        self._rows = min(room.rows, self._batch.room)
+
+    def close(self) -> None:
+        """Frees the context, with which nothing can be done any more."""
+        lib.llama_free(self.context)
+
+    def set_adapters(self, adapters: Sequence[tuple[Any, float]]) -> None:
+        """These adapters, llama.cpp's pointers with their scales, and no others; what was read is forgotten.
+
+        Raises:
+            EngineError: rejected: llama.cpp does not take one of them.
+        """
+        lib.llama_set_adapters_lora(self.context, None, 0, None)
+        self.forget()
+        if adapters:
+            pointers = (lib.llama_adapter_lora_p_ctypes * len(adapters))(*(pointer for pointer, _ in adapters))
+            scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+            if lib.llama_set_adapters_lora(self.context, pointers, len(adapters), scales) != 0:
+                raise EngineError("rejected", self._log.reason("llama.cpp could not apply the adapter"))
 
     def forget(self) -> None:
         """Empties the memory of every sequence."""
@@ -124,7 +119,7 @@ class Decoder:
         self._log.clear()
         self._batch.clear()
         self._batch.add(token, 0, 0, wanted=True)
-        status = self._decode()
+        status = self._decode(())
         if status != 0:
             raise EngineError("rejected", self._log.reason(f"llama_decode returned {status}"))
         self.forget()
@@ -154,15 +149,27 @@ class Decoder:
     def _read_shared(self, readers: Sequence[Reader], tell: Callable[[], None]) -> int:
         """Decodes what all readers begin with into sequence 0; its length."""
         shared = _common_beginning(readers) if len(readers) > 1 else 0
-        for start in range(0, shared, self._batch.room):
+        start = 0
+        while start < shared:
             tell()
             self._batch.clear()
-            for index in range(start, min(start + self._batch.room, shared)):
-                self._batch.add(readers[0].tokens[index], index, 0, wanted=False)
-            if self._decode() != 0:  # let the readers find out for themselves
+            stop = self._fill_shared(readers, start, shared)
+            if self._decode([Span(range(len(readers)), start, stop)]) != 0:  # let the readers find out for themselves
                 self.forget()
                 return 0
+            start = stop
         return shared
+
+    def _fill_shared(self, readers: Sequence[Reader], start: int, stop: int) -> int:
+        """The batch from token `start` on of what all begin with; where the next one goes on."""
+        rows = 0
+        for index in range(start, stop):
+            wanted = any(reader.wants(index) for reader in readers)
+            if self._batch.full or (wanted and rows == self._rows):
+                return index
+            self._batch.add(readers[0].tokens[index], index, 0, wanted=wanted)
+            rows += wanted
+        return stop
 
     def _admit(self, waiting: deque[tuple[int, Reader]], slots: list[_Slot], free: list[int], shared: int) -> None:
         used = shared + sum(slot.cells for slot in slots)
@@ -180,8 +187,8 @@ class Decoder:
 
     def _step(self, slots: Sequence[_Slot]) -> list[_Slot]:
         """One decode; the slots that ended with it."""
-        asked = self._fill(slots)
-        status = self._decode()
+        asked, spans = self._fill(slots)
+        status = self._decode(spans)
         if status != 0:
             failure = PromptError(self._log.reason(f"llama_decode returned {status}"))
             for slot in slots:
@@ -200,25 +207,34 @@ class Decoder:
                 ended.append(slot)
         return ended
 
-    def _fill(self, slots: Sequence[_Slot]) -> list[tuple[_Slot, bool]]:
+    def _fill(self, slots: Sequence[_Slot]) -> tuple[list[tuple[_Slot, bool]], list[Span]]:
         """The batch, those that wait for one token first. Of each row of logits: whose it is, and whether it follows
-        the last token."""
+        the last token; and what the batch is made of."""
         self._batch.clear()
         asked: list[tuple[_Slot, bool]] = []
+        spans: list[Span] = []
         for slot in sorted(slots, key=lambda slot: slot.left > 1):
-            for index in range(slot.read, len(slot.tokens)):
-                wanted = index >= slot.reader.wanted
+            first = slot.read
+            for index in range(first, len(slot.tokens)):
+                wanted = slot.reader.wants(index)
                 if self._batch.full or (wanted and len(asked) == self._rows):
                     break
                 self._batch.add(slot.tokens[index], index, slot.number, wanted=wanted)
                 slot.read += 1
                 if wanted:
                     asked.append((slot, index == len(slot.tokens) - 1))
-        return asked
+            if slot.read > first:
+                spans.append(Span((slot.index,), first, slot.read))
+        return asked, spans
 
-    def _decode(self) -> int:
+    def _decode(self, spans: Sequence[Span]) -> int:
         self.decoded += self._batch.count
-        return int(lib.llama_decode(self.context, self._batch.native()))
+        if self._observer is not None:
+            self._observer.reading(self._batch.tokens, spans)
+        status = int(lib.llama_decode(self.context, self._batch.native()))
+        if self._observer is not None:
+            self._observer.read(done=status == 0)
+        return status
 
     def _logits(self, count: int) -> Any:
         """The rows that the last decode was asked for, (count, n_vocab), in llama.cpp's own memory."""
@@ -230,42 +246,6 @@ class Decoder:
             raise EngineError("rejected", "llama.cpp gave no logits")
         rows = (ctypes.c_float * (count * self._n_vocab)).from_address(address)
         return np.ctypeslib.as_array(rows).reshape(count, self._n_vocab)
-
-    def _new_context(self, options: ModelOptions) -> Any:
-        wanted = (self._cells, self._parallel)
-        least = options.ctx or min(self.limit, _LEAST_CTX)
-        while True:
-            self._log.clear()
-            context = lib.llama_init_from_model(self._model, self._parameters(options))
-            if context:
-                break
-            if self._parallel == 1 and self._cells <= least:
-                raise EngineError(
-                    "rejected", self._log.reason(f"llama.cpp could not make a context of {self._cells} tokens")
-                )
-            self._parallel = max(1, self._parallel // 2)
-            self._cells = max(least, self._cells // 2)
-            self.limit = min(self.limit, self._cells)
-        if (self._cells, self._parallel) != wanted:
-            self.notes = (
-                f"llama.cpp could not make a context of {wanted[0]} tokens for {wanted[1]} prompts at a time; "
-                f"it works with {self._cells} for {self._parallel}",
-            )
-        return context
-
-    def _parameters(self, options: ModelOptions) -> Any:
-        params = lib.llama_context_default_params()
-        params.n_ctx = self._cells
-        params.n_batch = params.n_ubatch = min(self._cells, BATCH)
-        params.n_seq_max = self._parallel + 1
-        params.kv_unified = True
-        if options.gpu_layers == 0 and self._cells <= DEFAULT_CTX:
-            # On the CPU it sums in half precision: what else is decoded moved the logits of a float32 model by 0.2 %
-            # with it, by 0.002 % without it. Without it the attention takes memory for cells times batch times heads.
-            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.n_outputs_max = max(_ROWS, self._parallel + 1)  # the default keeps room for the whole batch's
-        params.n_threads = params.n_threads_batch = options.threads
-        return params
 
 
 def _went_on(slot: _Slot, logits: Any, last: bool) -> bool:
@@ -280,9 +260,9 @@ def _went_on(slot: _Slot, logits: Any, last: bool) -> bool:
 
 
 def _common_beginning(readers: Sequence[Reader]) -> int:
-    """How many tokens all readers begin with, up to where the first logits are wanted."""
+    """How many tokens all readers begin with, and may share."""
     first = readers[0].tokens
-    shared = min(reader.wanted for reader in readers)
+    shared = min(reader.shareable for reader in readers)
     for reader in readers[1:]:
         tokens = reader.tokens
         shared = next((index for index in range(shared) if tokens[index] != first[index]), shared)

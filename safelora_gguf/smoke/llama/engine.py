@@ -1,4 +1,5 @@
-"""What the child does with one model: answers chats, records distributions, measures how far others are from them.
+"""What the child does with one model: answers chats, records distributions, measures how far others are from them,
+captures what its weights are multiplied with.
 
 llama.cpp is called through llama-cpp-python's low-level functions. `Llama` is not used: it decodes one sequence at a
 time, keeps a prefix cache that survives a change of adapter, takes NULL for a loaded adapter, and spends more time in
@@ -7,8 +8,7 @@ Python than a small model does in its matrices.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import llama_cpp.llama_cpp as lib
 
 from converters.llama_log import LlamaLog
+from safelora_gguf.smoke.llama.capturing import Capturing, Done
 from safelora_gguf.smoke.llama.chat import RENDER_SECONDS, chat_template, opened_reasoning
 from safelora_gguf.smoke.llama.decoding import Decoder
 from safelora_gguf.smoke.llama.distributions import (
@@ -30,7 +31,16 @@ from safelora_gguf.smoke.llama.distributions import (
 from safelora_gguf.smoke.llama.errors import EngineError, PromptError
 from safelora_gguf.smoke.llama.model import LlamaModel
 from safelora_gguf.smoke.llama.readers import Continuation, Look, Prompt, Rereading
-from safelora_gguf.smoke.protocol import AdapterChoice, Answer, Divergence, Message, ModelOptions
+from safelora_gguf.smoke.protocol import (
+    AdapterChoice,
+    Answer,
+    Continued,
+    Divergence,
+    InputGroup,
+    Message,
+    ModelOptions,
+    Reading,
+)
 
 Tell = Callable[[], None]
 """Called before each decode: a sign of life may be given."""
@@ -52,10 +62,13 @@ class Engine:
     """
 
     def __init__(self, options: ModelOptions, log: LlamaLog) -> None:
+        self._options = options
         self._system = options.system
         self._seconds = options.prompt_seconds
         self._log = log
-        self._adapters: list[Any] = []
+        self._adapters: list[tuple[Any, float]] = []
+        self._capturing: Capturing | None = None
+        self._captured = 0  # tokens decoded by those before
         self.model = LlamaModel(options, log)
         bos, eos = self.model.special_texts()
         self._render = chat_template(
@@ -76,7 +89,7 @@ class Engine:
     @property
     def decoded(self) -> int:
         """Tokens decoded so far."""
-        return self._decoder.decoded
+        return self._decoder.decoded + self._captured + (self._capturing.decoded if self._capturing else 0)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -89,18 +102,12 @@ class Engine:
         Raises:
             EngineError: rejected: llama.cpp does not take one of them.
         """
-        context = self._decoder.context
-        lib.llama_set_adapters_lora(context, None, 0, None)
+        self._decoder.set_adapters(())
         while self._adapters:
-            lib.llama_adapter_lora_free(self._adapters.pop())
-        self._decoder.forget()
+            lib.llama_adapter_lora_free(self._adapters.pop()[0])
         for adapter in adapters:
-            self._adapters.append(self.model.adapter(adapter.path))
-        if adapters:
-            pointers = (lib.llama_adapter_lora_p_ctypes * len(adapters))(*self._adapters)
-            scales = (ctypes.c_float * len(adapters))(*(adapter.scale for adapter in adapters))
-            if lib.llama_set_adapters_lora(context, pointers, len(adapters), scales) != 0:
-                raise EngineError("rejected", self._log.reason("llama.cpp could not apply the adapter"))
+            self._adapters.append((self.model.adapter(adapter.path), adapter.scale))
+        self._decoder.set_adapters(self._adapters)
 
     def answers(
         self, items: Sequence[Item], tell: Tell, *, max_tokens: int, top: int, refusal: Sequence[int]
@@ -128,6 +135,27 @@ class Engine:
             text = reader.prompt.opened + self.model.text(reader.generated) if max_tokens else ""
             best, score = firsts.pop(reader.key, ((), None))
             yield reader.key, Answer(text, None, reader.stop, best, score)
+
+    def continuations(self, items: Sequence[Item], tell: Tell, *, max_tokens: int) -> Iterator[tuple[int, Continued]]:
+        """Greedy answers in tokens, each under its item's key when it is finished."""
+        for reader in self._continued(items, tell, max_tokens, lambda _key: lambda _logits, _index: None):
+            prompt, answer = tuple(reader.tokens), tuple(reader.generated)
+            if reader.error is not None:
+                yield reader.key, Continued(prompt, (), "", error=reader.error)
+            else:
+                text = reader.prompt.opened + self.model.text(answer) if max_tokens else ""
+                yield reader.key, Continued(prompt, answer, text, reader.stop)
+
+    def capture(
+        self, readings: Mapping[int, Reading], weights: Sequence[str], tell: Tell, done: Done, *, file: Path
+    ) -> tuple[InputGroup, ...]:
+        """Writes what the weights are multiplied with at the kept positions; see `capturing` for what is raised."""
+        capturing = self._capturing = Capturing(self.model.pointer, self._options, self._log, self._adapters, weights)
+        try:
+            return capturing.run(readings, file, tell, done)
+        finally:
+            self._captured += capturing.decoded
+            self._capturing = None
 
     def record(
         self, items: Sequence[Item], tell: Tell, *, max_tokens: int, file: Path

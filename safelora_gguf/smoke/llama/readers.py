@@ -13,7 +13,7 @@ import numpy as np
 
 from safelora_gguf.smoke.llama.distributions import Distributions, Record, Recorded, divergences
 from safelora_gguf.smoke.llama.errors import PromptError
-from safelora_gguf.smoke.protocol import Divergence, Stop
+from safelora_gguf.smoke.protocol import Divergence, Reading, Stop
 
 Look = Callable[[Any, int], None]
 """Sees a row of logits (n_vocab,), valid during the call, and its index, 0 for the first answer token's."""
@@ -45,7 +45,7 @@ class Continuation:
         self.key = key
         self.prompt = prompt
         self.tokens = prompt.tokens
-        self.wanted = len(prompt.tokens) - 1
+        self.shareable = len(prompt.tokens) - 1
         self.growth = most
         self.generated: list[int] = []
         self.chosen: list[int] = []
@@ -60,6 +60,9 @@ class Continuation:
         reader = cls(key, Prompt(()), 0, lambda _token: True, lambda _logits, _index: None)
         reader.fail(error)
         return reader
+
+    def wants(self, index: int) -> bool:
+        return index >= self.shareable
 
     def take(self, logits: Any) -> int | None:
         token = likeliest_of(logits)
@@ -88,7 +91,7 @@ class Rereading:
     def __init__(self, item: Recorded, record: Record, seconds: float) -> None:
         self.key = item.key
         self.tokens = (*item.prompt, *item.tokens[:-1])
-        self.wanted = len(item.prompt) - 1
+        self.shareable = len(item.prompt) - 1
         self.error: str | None = None
         self._item = item
         self._record = record
@@ -96,6 +99,9 @@ class Rereading:
         self._reference: Distributions | None = None
         self._kl: list[float] = []
         self._same = 0
+
+    def wants(self, index: int) -> bool:
+        return index >= self.shareable
 
     def take(self, logits: Any) -> int | None:
         at = len(self._kl)
@@ -120,6 +126,32 @@ class Rereading:
         if self.error is not None:
             return None
         return Divergence(float(np.mean(self._kl)), self._same / len(self._kl), len(self._kl))
+
+
+class Captured:
+    """Tokens that are read for what llama.cpp computes with them; what follows the last kept one is not read."""
+
+    growth = 0
+
+    def __init__(self, key: int, reading: Reading, seconds: float) -> None:
+        self.key = key
+        self.tokens = reading.tokens[: reading.keep[-1] + 1] if reading.keep else ()
+        self.shareable = len(self.tokens) - 1
+        self.error: str | None = None
+        self._kept = frozenset(reading.keep)
+        self._seconds = seconds
+
+    def wants(self, index: int) -> bool:
+        return index in self._kept
+
+    def take(self, logits: Any) -> int | None:
+        return None
+
+    def cut(self) -> None:
+        self.error = f"reading it took more than {self._seconds:g} s"
+
+    def fail(self, error: PromptError) -> None:
+        self.error = str(error)
 
 
 def likeliest_of(logits: Any) -> int:

@@ -13,7 +13,16 @@ from converters import llama_child
 from safelora_gguf.smoke.parent import replies
 from safelora_gguf.smoke.parent.replies import Loaded, NonsenseError
 from safelora_gguf.smoke.parent.wire import Patience, Wire
-from safelora_gguf.smoke.protocol import AdapterChoice, Answer, Chat, Divergence, ModelOptions
+from safelora_gguf.smoke.protocol import (
+    AdapterChoice,
+    Answer,
+    Chat,
+    Continued,
+    Divergence,
+    InputGroup,
+    ModelOptions,
+    Reading,
+)
 
 CHILD_COMMAND = llama_child.command_for("safelora_gguf.smoke.llama.child")
 
@@ -74,7 +83,24 @@ class LlamaProcess:
             "do": "answer", "items": _items(chats), "max_tokens": max_tokens, "top": top, "refusal": list(refusal)
         }  # fmt: skip
         doing = "answering a prompt" if len(chats) == 1 else "answering prompts"
-        reader = _ItemReader(chats, lambda item: replies.answer_in(item, n_vocab, top), ("items",), complete=True)
+        reader = _ItemReader(
+            chats, lambda _, item: replies.answer_in(item, n_vocab, top), _counts("items"), complete=True
+        )
+        return self._items(request, doing, patience, reader)
+
+    def continuations(
+        self, chats: Mapping[int, Chat], *, max_tokens: int, patience: Patience
+    ) -> Generator[tuple[int, Continued]]:
+        """The tokens of each chat and of its answer."""
+        loaded = self._loaded
+        request = {"do": "continue", "items": _items(chats), "max_tokens": max_tokens}
+        doing = "continuing a prompt" if len(chats) == 1 else "continuing prompts"
+        reader = _ItemReader(
+            chats,
+            lambda _, item: replies.continued_in(item, loaded.n_vocab, loaded.n_ctx, max_tokens),
+            _counts("items"),
+            complete=True,
+        )
         return self._items(request, doing, patience, reader)
 
     def record(
@@ -84,7 +110,7 @@ class LlamaProcess:
         longest = self._loaded.n_ctx
         request = {"do": "record", "items": _items(chats), "max_tokens": max_tokens, "file": str(file)}
         reader = _ItemReader(
-            chats, lambda item: replies.recorded_in(item, longest), ("positions", "bytes"), complete=True
+            chats, lambda _, item: replies.recorded_in(item, longest), _counts("positions", "bytes"), complete=True
         )
         return self._items(request, "recording answers", patience, reader)
 
@@ -93,9 +119,39 @@ class LlamaProcess:
     ) -> Generator[tuple[int, Divergence | None]]:
         """How far this model with these adapters is from what `file` holds, None where that can't be told; nothing of
         items that could not be recorded."""
-        reader = _ItemReader(keys, replies.divergence_in, (), complete=False)
+        reader = _ItemReader(keys, lambda _, item: replies.divergence_in(item), _counts(), complete=False)
         request = {"do": "diverge", "file": str(file)}
         return self._items(request, "reading recorded answers", patience, reader)
+
+    def capture(
+        self,
+        readings: Mapping[int, Reading],
+        weights: Sequence[str],
+        *,
+        file: Path,
+        patience: Patience,
+        finish: Callable[[tuple[InputGroup, ...]], None],
+    ) -> Generator[tuple[int, str | None]]:
+        """Reads tokens and writes the inputs of weights at the kept positions into `file`; why a reading's could not be
+        captured, None where they were.
+
+        Args:
+            finish: called with where the inputs stand in `file`, before the iterator ends.
+        """
+        items = [{"key": key, "tokens": one.tokens, "keep": one.keep} for key, one in readings.items()]
+        request = {"do": "capture", "items": items, "weights": list(weights), "file": str(file)}
+        rows = sum(len(one.keep) for one in readings.values())
+        errors: list[str | None] = []
+
+        def read(key: int, item: Mapping[str, Any]) -> str | None:
+            errors.append(replies.captured_in(item, len(readings[key].keep)))
+            return errors[-1]
+
+        def last(told: object) -> None:
+            finish(replies.groups_in(told, weights, rows, file, some_read=None in errors))
+
+        reader = _ItemReader(readings, read, last, complete=True)
+        return self._items(request, "capturing inputs", patience, reader)
 
     def close(self) -> None:
         """Kill it: it holds nothing worth an orderly end."""
@@ -126,32 +182,43 @@ class LlamaProcess:
 
 
 class _ItemReader(Generic[T]):
-    """Replies item by item, each key once; None for the last reply, which gives `counts`.
+    """Replies item by item, each key once; None for the last reply.
 
     Args:
-        counts: names of the last reply's numbers.
+        read: an item by its key and what was said of it.
+        last: reads the last reply.
         complete: every item has to come.
     """
 
     def __init__(
-        self, keys: Iterable[int], read: Callable[[Mapping[str, Any]], T], counts: Sequence[str], *, complete: bool
+        self,
+        keys: Iterable[int],
+        read: Callable[[int, Mapping[str, Any]], T],
+        last: Callable[[object], object],
+        *,
+        complete: bool,
     ) -> None:
         self._missing = set(keys)
         self._read = read
-        self._counts = counts
+        self._last = last
         self._complete = complete
 
     def __call__(self, reply: Mapping[str, Any]) -> tuple[int, T] | None:
         if "ok" in reply:
-            replies.numbers_in(replies.result_in(reply), *self._counts)
             if self._complete and self._missing:
                 raise NonsenseError(f"{len(self._missing)} items never came")
+            self._last(replies.result_in(reply))
             return None
         key = replies.key_in(reply.get("item"), self._missing)
-        value = self._read({name: told for name, told in reply.items() if name != "item"})
+        value = self._read(key, {name: told for name, told in reply.items() if name != "item"})
         self._missing.remove(key)
         return key, value
 
 
 def _items(chats: Mapping[int, Chat]) -> list[dict[str, Any]]:
     return [{"key": key, "messages": list(chat)} for key, chat in chats.items()]
+
+
+def _counts(*names: str) -> Callable[[object], object]:
+    """Reads a last reply that holds these numbers."""
+    return lambda told: replies.numbers_in(told, *names)

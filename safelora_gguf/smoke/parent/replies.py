@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn, get_args
+from pathlib import Path
+from typing import Any, NoReturn, cast, get_args
 
-from safelora_gguf.smoke.protocol import Answer, Divergence, FailureKind, Stop
+from safelora_gguf.smoke.protocol import Answer, Continued, Divergence, FailureKind, InputGroup, Stop
 
 _ANSWER_KEYS = frozenset(field.name for field in fields(Answer))
+_CONTINUED_KEYS = frozenset(field.name for field in fields(Continued))
+_GROUP_KEYS = {field.name for field in fields(InputGroup)}
 _ROUNDING = 1e-6  # so far above 0 a log-probability or below 0 a divergence may be
 
 
@@ -81,14 +84,11 @@ def pieces_in(told: object, n_vocab: int) -> tuple[str, ...]:
 def answer_in(item: Mapping[str, Any], n_vocab: int, top: int) -> Answer:
     """An answer with at most `top` first tokens of a vocabulary of `n_vocab`."""
     result = _object(_object(item, {"answer"})["answer"], {"text"}, _ANSWER_KEYS)
-    stop = result.get("stop", "end")
-    if stop not in get_args(Stop):
-        raise NonsenseError("an unknown reason to stop")
     score = result.get("score")
     return Answer(
         text=_text(result["text"]),
         error=_optional_text(result.get("error")),
-        stop=stop,
+        stop=_stop(result.get("stop", "end")),
         top=_likeliest(_list(result.get("top", [])), n_vocab, top),
         score=None if score is None else _number(score),
     )
@@ -99,6 +99,46 @@ def recorded_in(item: Mapping[str, Any], longest: int) -> int:
     result = _object(_object(item, {"recorded"})["recorded"], {"positions", "error"})
     _optional_text(result["error"])
     return _count(result["positions"], most=longest)
+
+
+def continued_in(item: Mapping[str, Any], n_vocab: int, longest: int, max_tokens: int) -> Continued:
+    """A prompt's tokens and at most `max_tokens` of its answer, of a vocabulary of `n_vocab`, `longest` together."""
+    result = _object(_object(item, {"continued"})["continued"], {"prompt", "answer", "text"}, _CONTINUED_KEYS)
+    prompt, answer = _tokens(result["prompt"], n_vocab), _tokens(result["answer"], n_vocab)
+    error = _optional_text(result.get("error"))
+    if error is None and (not prompt or len(answer) > max_tokens or len(prompt) + len(answer) > longest):
+        raise NonsenseError(f"a prompt of {len(prompt)} tokens with an answer of {len(answer)}")
+    return Continued(prompt, answer, _text(result["text"]), _stop(result.get("stop", "end")), error)
+
+
+def captured_in(item: Mapping[str, Any], kept: int) -> str | None:
+    """Why an item could not be read, without any rows; None: there are all that are `kept`."""
+    result = _object(item, {"captured", "error"})
+    rows, error = _count(result["captured"]), _optional_text(result["error"])
+    if rows != (kept if error is None else 0):
+        raise NonsenseError(f"{rows} rows captured where {kept} are kept")
+    return error
+
+
+def groups_in(
+    told: object, weights: Collection[str], rows: int, file: Path, *, some_read: bool
+) -> tuple[InputGroup, ...]:
+    """Where the inputs of all these weights stand in the file that was written; none at all where nothing was read."""
+    from safelora_gguf.smoke.llama.capture_file import BrokenCaptureError, CaptureReader
+
+    result = _object(told, {"groups", "bytes"})
+    groups = tuple(_group(group, rows) for group in _list(result["groups"]))
+    known = sorted(weight for group in groups for weight in group.weights)
+    if known != sorted(weights) and (known or some_read):
+        raise NonsenseError("inputs of other weights than were asked for")
+    try:
+        CaptureReader(file, groups)
+        size = file.stat().st_size
+    except (BrokenCaptureError, OSError) as error:
+        raise NonsenseError(f"a file of inputs that is none: {error}") from None
+    if _count(result["bytes"]) != size:
+        raise NonsenseError(f"inputs of {result['bytes']} bytes in a file of {size}")
+    return groups
 
 
 def divergence_in(item: Mapping[str, Any]) -> Divergence | None:
@@ -151,7 +191,28 @@ def _likeliest(pairs: list[Any], n_vocab: int, top: int) -> tuple[tuple[int, flo
     return tuple(found)
 
 
-def _object(told: object, needed: set[str], known: frozenset[str] | None = None) -> Mapping[str, Any]:
+def _group(told: object, rows: int) -> InputGroup:
+    """A group of inputs, each of so many rows; whether it can be in its file is `CaptureReader`'s to say."""
+    result = _object(told, _GROUP_KEYS)
+    weights = tuple(_text(weight) for weight in _list(result["weights"]))
+    if _count(result["rows"]) != rows:
+        raise NonsenseError(f"{result['rows']} rows where {rows} are kept")
+    width, slots, used = (_count(result[key]) for key in ("width", "slots", "used"))
+    return InputGroup(weights, width, rows, slots, used, _count(result["offset"]))
+
+
+def _tokens(told: object, n_vocab: int) -> tuple[int, ...]:
+    return tuple(_count(token, most=n_vocab - 1) for token in _list(told))
+
+
+def _stop(told: object) -> Stop:
+    for known in get_args(Stop):
+        if told == known:
+            return cast(Stop, known)
+    raise NonsenseError("an unknown reason to stop")
+
+
+def _object(told: object, needed: Set[str], known: Set[str] | None = None) -> Mapping[str, Any]:
     if not isinstance(told, Mapping) or not needed <= told.keys() <= (known or needed):
         raise NonsenseError(f"an object with other keys than {', '.join(sorted(known or needed)) or 'none'}")
     return told

@@ -1,41 +1,51 @@
 """One model, asked for as long as it takes: its child is started when it is needed, and again where it has died.
 
 What llama.cpp does is told (`failure`), never raised: a child that is lost while it works on several prompts is
-started again and asked for the rest one at a time, since nobody can tell which of them it died of. A prompt that is at
-work alone when that happens is told as its own failure. After `MOST_LOSSES` the rest of a request stays unasked, and
-after `MOST_HANGS`: a crash costs a moment, but a child that hangs costs its whole time limit, so that a model which
-always hangs costs two of them for each request and not one for each prompt.
+started again (`attempts`).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
-from converters.errors import Error, MissingLlamaError
+from converters.errors import Error
+from safelora_gguf.smoke.parent.attempts import Attempts, Items, Tell
 from safelora_gguf.smoke.parent.loaded_model import LoadedModel
+from safelora_gguf.smoke.parent.outcomes import Answered, Captured, ContinuedAll, Diverged, Recorded
 from safelora_gguf.smoke.parent.process import CHILD_COMMAND, LlamaProcess
 from safelora_gguf.smoke.parent.wire import Patience
-from safelora_gguf.smoke.protocol import AdapterChoice, Answer, Chat, Divergence, ModelOptions
+from safelora_gguf.smoke.protocol import (
+    AdapterChoice,
+    Answer,
+    Chat,
+    Continued,
+    Divergence,
+    InputGroup,
+    ModelOptions,
+    Reading,
+)
+
+__all__ = [
+    "LOAD_TIMEOUT",
+    "PROMPT_TIMEOUT",
+    "Answered",
+    "Captured",
+    "ContinuedAll",
+    "Diverged",
+    "Limits",
+    "Recorded",
+    "Session",
+    "Tell",
+    "ask",
+]
 
 LOAD_TIMEOUT = 900.0
 PROMPT_TIMEOUT = 300.0
 LEAST_SILENCE = 60.0
-MOST_LOSSES = 3
-"""Children that one request may cost."""
-
-MOST_HANGS = 2
-"""Of these, children that hung."""
-
-Tell = Callable[[int], None]
-"""Called with the number of items done so far, whenever there is one more."""
-
-T = TypeVar("T")
-Items = Generator[tuple[int, T], None, None]
 
 
 @dataclass(frozen=True)
@@ -59,43 +69,6 @@ class Limits:
         return Patience.for_prompts(silence, max(self.prompt, options.prompt_seconds))
 
 
-@dataclass(frozen=True)
-class Answered:
-    """Answers, one for each chat; None: not asked.
-
-    Attributes:
-        failure: the first thing that went wrong with the whole, even where everything could be answered in the end.
-    """
-
-    answers: tuple[Answer | None, ...]
-    failure: Error | None = None
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What a record holds.
-
-    Attributes:
-        positions: distributions of each chat; 0 where there are none.
-        vocabulary: digest of the recording model's, "" after a failure to load it.
-        failure: why there is no record at all, or what went wrong before there was one.
-        complete: there is one.
-    """
-
-    positions: tuple[int, ...]
-    vocabulary: str
-    failure: Error | None = None
-    complete: bool = True
-
-
-@dataclass(frozen=True)
-class Diverged:
-    """Divergences from the items of a record; None: not recorded, or not to be told."""
-
-    items: tuple[Divergence | None, ...]
-    failure: Error | None = None
-
-
 def ask(prompt: str) -> Chat:
     """The chat that consists of one question."""
     return ({"role": "user", "content": prompt},)
@@ -106,20 +79,22 @@ class Session:
 
     No method raises what llama.cpp does to a file or a prompt; MissingLlamaError is raised by all of them, and
     RuntimeError for a bug of ours in the child.
-
-    Attributes:
-        failure: the first thing that went wrong, whatever was asked.
     """
 
     def __init__(
         self, options: ModelOptions, limits: Limits | None = None, command: Sequence[str] = CHILD_COMMAND
     ) -> None:
-        self.failure: Error | None = None
         self._options = options
         self._limits = limits or Limits()
         self._patience = self._limits.patience(options)
         self._model = LoadedModel(options, self._limits.load, command)
+        self._attempts = Attempts(self._model)
         self._pieces: tuple[str, ...] = ()
+
+    @property
+    def failure(self) -> Error | None:
+        """The first thing that went wrong, whatever was asked."""
+        return self._attempts.failure
 
     @property
     def file(self) -> str:
@@ -157,29 +132,36 @@ class Session:
             top: how many of the likeliest first tokens to give.
             refusal: tokens that begin a refusal, for `Answer.score`.
         """
-        length = self._options.max_tokens if max_tokens is None else max_tokens
-        found: dict[int, Answer] = {}
-        losses: list[Error] = []
-        hangs = 0
-        while len(found) < len(chats) and len(losses) < MOST_LOSSES and hangs < MOST_HANGS:
-            unanswered = [key for key in range(len(chats)) if key not in found]
-            batch = {key: chats[key] for key in (unanswered[:1] if losses else unanswered)}
+        length = self._length(max_tokens)
 
-            def stream(process: LlamaProcess, batch: Mapping[int, Chat] = batch) -> Items[Answer]:
-                return process.answers(batch, max_tokens=length, top=top, refusal=refusal, patience=self._patience)
+        def stream(process: LlamaProcess, batch: Mapping[int, Chat]) -> Items[Answer]:
+            return process.answers(batch, max_tokens=length, top=top, refusal=refusal, patience=self._patience)
 
-            error = self._attempt(adapters, stream, found, tell)
-            if error is None:
-                continue
-            losses.append(error)
-            hangs += self._model.hung
-            if not self._model.lost_at_work(adapters):
-                break
-            if len(losses) > 1:  # one was at work alone
-                found[min(batch)] = Answer("", error=error.message)
-                if tell is not None:
-                    tell(len(found))
-        return Answered(tuple(found.get(key) for key in range(len(chats))), next(iter(losses), None))
+        found, failure = self._attempts.each(adapters, chats, stream, lambda error: Answer("", error=error), tell)
+        return Answered(found, failure)
+
+    def continuations(
+        self,
+        adapters: Sequence[AdapterChoice],
+        chats: Sequence[Chat],
+        *,
+        max_tokens: int | None = None,
+        tell: Tell | None = None,
+    ) -> ContinuedAll:
+        """The tokens of each chat and of what the model with these adapters, and no others, says to it.
+
+        Args:
+            max_tokens: length of an answer; None: as in the options.
+        """
+        length = self._length(max_tokens)
+
+        def stream(process: LlamaProcess, batch: Mapping[int, Chat]) -> Items[Continued]:
+            return process.continuations(batch, max_tokens=length, patience=self._patience)
+
+        found, failure = self._attempts.each(
+            adapters, chats, stream, lambda error: Continued((), (), "", error=error), tell
+        )
+        return ContinuedAll(found, failure)
 
     def record(
         self,
@@ -198,7 +180,7 @@ class Session:
         def stream(process: LlamaProcess) -> Items[int]:
             return process.record(everything, max_tokens=max_tokens, file=file, patience=self._patience)
 
-        first, last = self._twice(adapters, stream, found, tell)
+        first, last = self._attempts.twice(adapters, stream, found, tell)
         if last is not None:
             file.unlink(missing_ok=True)
             found.clear()
@@ -213,20 +195,46 @@ class Session:
         def stream(process: LlamaProcess) -> Items[Divergence | None]:
             return process.divergences(file, range(count), self._patience)
 
-        first, _ = self._twice(adapters, stream, found, tell)
+        first, _ = self._attempts.twice(adapters, stream, found, tell)
         return Diverged(tuple(found.get(key) for key in range(count)), first)
+
+    def capture(
+        self,
+        adapters: Sequence[AdapterChoice],
+        readings: Sequence[Reading],
+        weights: Sequence[str],
+        file: Path,
+        *,
+        tell: Tell | None = None,
+    ) -> Captured:
+        """Reads tokens with these adapters and writes the inputs that `weights` have at the positions that are kept
+        into `file`, which is removed where that fails twice; `capture_file` knows its format."""
+        found: dict[int, str | None] = {}
+        groups: list[tuple[InputGroup, ...]] = []
+        everything = dict(enumerate(readings))
+
+        def stream(process: LlamaProcess) -> Items[str | None]:
+            return process.capture(everything, weights, file=file, patience=self._patience, finish=groups.append)
+
+        first, last = self._attempts.twice(adapters, stream, found, tell)
+        if last is not None:
+            file.unlink(missing_ok=True)
+            return Captured((), (0,) * len(readings), (), first, complete=False)
+        errors = tuple(found[key] for key in everything)
+        rows = tuple(len(one.keep) if error is None else 0 for one, error in zip(readings, errors, strict=True))
+        return Captured(groups[-1], rows, errors, first)
 
     def pieces(self) -> tuple[str, ...]:
         """The text of every token; none where the model can't be loaded or the child was lost, see `failure`."""
         if not self._pieces:
-            with self._told():
+            with self._attempts.told():
                 self._pieces = self._model.running().pieces(self._limits.load)
         return self._pieces
 
     def vocabulary(self) -> str:
         """Digest of all tokens' texts, equal where distributions can be compared; "" where it can't be loaded."""
         if self._model.loaded is None:
-            with self._told():
+            with self._attempts.told():
                 self._model.running()
         return self._model.loaded.vocabulary if self._model.loaded is not None else ""
 
@@ -241,47 +249,5 @@ class Session:
     ) -> None:
         self.close()
 
-    def _twice(
-        self,
-        adapters: Sequence[AdapterChoice],
-        stream: Callable[[LlamaProcess], Items[T]],
-        found: dict[int, T],
-        tell: Tell | None,
-    ) -> tuple[Error | None, Error | None]:
-        """For what can't be asked in parts: once more after a loss. The first error and the last attempt's."""
-        first = self._attempt(adapters, stream, found, tell)
-        if first is None or not self._model.lost_at_work(adapters):
-            return first, first
-        return first, self._attempt(adapters, stream, found, tell)
-
-    def _attempt(
-        self,
-        adapters: Sequence[AdapterChoice],
-        stream: Callable[[LlamaProcess], Items[T]],
-        found: dict[int, T],
-        tell: Tell | None,
-    ) -> Error | None:
-        """Collects what comes; the error that ended it early."""
-        try:
-            with contextlib.closing(stream(self._model.ready(adapters))) as items:
-                for key, value in items:
-                    known = len(found)
-                    found[key] = value
-                    if tell is not None and len(found) > known:
-                        tell(len(found))
-        except MissingLlamaError:
-            raise
-        except Error as error:
-            self.failure = self.failure or error
-            return error
-        return None
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Keeps what llama.cpp does as `failure`."""
-        try:
-            yield
-        except MissingLlamaError:
-            raise
-        except Error as error:
-            self.failure = self.failure or error
+    def _length(self, max_tokens: int | None) -> int:
+        return self._options.max_tokens if max_tokens is None else max_tokens

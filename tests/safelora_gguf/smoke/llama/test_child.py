@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from llama_models import write_bigram
 
 from converters import llama_child
 from safelora_gguf.smoke.llama import child as child_module
-from safelora_gguf.smoke.protocol import ALIVE_EVERY, ModelOptions
+from safelora_gguf.smoke.llama.capture_file import CaptureReader
+from safelora_gguf.smoke.protocol import ALIVE_EVERY, InputGroup, ModelOptions
 
 pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.llama
@@ -78,6 +80,40 @@ def test_a_whole_conversation(child: Child, tmp_path: Path) -> None:
     assert last == {"ok": {}}
 
 
+def test_continuing_and_capturing(child: Child, tmp_path: Path) -> None:
+    file = write_bigram(tmp_path / "m.gguf", {"<answer>": "sí", "sí": "no"})
+    child.ask("load", model=str(file), max_tokens=4)
+    *items, last = child.ask("continue", items=chats("a", "x" * 600), max_tokens=4)
+    assert last == {"ok": {"items": 2}}
+    told = {item["item"]: item["continued"] for item in items}
+    assert "the context 512" in told[11].pop("error")
+    assert told[11] == {"prompt": [], "answer": [], "text": "", "stop": "end"}
+    prompt = [1, 3 + ord("a"), 3 + ord("\n"), 259]
+    assert told[10] == {"prompt": prompt, "answer": [260, 261], "text": "síno", "stop": "end", "error": None}
+
+    inputs = str(tmp_path / "inputs")
+    readings = [{"key": 7, "tokens": [*prompt, 260], "keep": [3, 4]}, {"key": 9, "tokens": [5] * 600, "keep": [0, 599]}]
+    weights = ["blk.0.attn_k.weight", "output.weight"]
+    *items, last = child.ask("capture", items=readings, weights=weights, file=inputs)
+    by_key = {item.pop("item"): item for item in items}
+    assert "the context 512" in by_key[9].pop("error")
+    assert by_key == {7: {"captured": 2, "error": None}, 9: {"captured": 0}}
+    groups = [InputGroup(**{**group, "weights": tuple(group["weights"])}) for group in last["ok"]["groups"]]
+    assert [(group.weights, group.rows) for group in groups] == [((weight,), 4) for weight in weights]
+    assert last["ok"]["bytes"] == Path(inputs).stat().st_size
+    found = CaptureReader(Path(inputs), groups).inputs(groups[0])[:, 0]
+    one_hot = np.zeros((4, 288), np.float32)
+    one_hot[0, 259] = one_hot[1, 260] = 288**0.5  # of a one-hot row its norm makes this
+    np.testing.assert_allclose(found, one_hot, rtol=1e-3)
+
+    (failed,) = child.ask("capture", items=readings, weights=["blk.9.attn_k.weight"], file=inputs)
+    assert failed["failed"]["kind"] == "unsupported"
+    assert "'llama', has no weight blk.9.attn_k.weight" in failed["failed"]["message"]
+    (failed,) = child.ask("capture", items=readings, weights=weights, file=str(tmp_path / "none" / "inputs"))
+    assert failed["failed"]["kind"] == "unwritable"
+    assert child.ask("capture", items=[], weights=weights, file=inputs) == [{"ok": {"groups": [], "bytes": 0}}]
+
+
 def test_what_fails_leaves_the_child_alive(child: Child, tmp_path: Path) -> None:
     file = write_bigram(tmp_path / "m.gguf", {"<answer>": "yes"}, template=None)
     kinds = {}
@@ -139,9 +175,9 @@ def test_signs_of_life_come_between_decodes_but_not_more_often_than_said(
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     decode = decoding.Decoder._decode
 
-    def slow(self: decoding.Decoder) -> int:
+    def slow(self: decoding.Decoder, spans: Sequence[decoding.Span]) -> int:
         now[0] += 0.2
-        return decode(self)
+        return decode(self, spans)
 
     monkeypatch.setattr(decoding.Decoder, "_decode", slow)
     told = io.BytesIO()

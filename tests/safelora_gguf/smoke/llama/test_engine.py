@@ -332,6 +332,24 @@ def reread(engine: Engine, record: Path) -> dict[int, tuple[Any, str | None]]:
     return {key: (divergence, told) for key, divergence, told in engine.diverge(record, lambda: None)}
 
 
+def test_continuations_are_greedy_and_tell_their_tokens(engine: Callable[..., Engine], tmp_path: Path) -> None:
+    file = write_random(tmp_path / "m.gguf", "llama", context=1024)
+    plain = Plain(file)
+    found = dict(engine(file).continuations(items(TEXTS), lambda: None, max_tokens=9))
+    same = 0
+    for key, text in enumerate(TEXTS):
+        continued, (follows, _) = found[key], plain.logits(plain.tokens(rendered(text)), 9)
+        kept = [token for token in follows if not lib.llama_vocab_is_eog(plain.vocab, token)]
+        assert continued.prompt == tuple(plain.tokens(rendered(text)))
+        assert continued.text == plain.text(continued.answer)
+        assert (continued.error, continued.stop) == (None, "end" if len(continued.answer) < 9 else "length")
+        same += continued.answer == tuple(kept)
+    assert same >= len(TEXTS) - 1  # see `agree`
+    reasons = engine(file, template=CHAT_TEMPLATE + "<think>").continuations(items(["x"]), lambda: None, max_tokens=3)
+    ((_, continued),) = reasons
+    assert continued.text == "<think>" + plain.text(continued.answer)
+
+
 def test_a_record_of_another_vocabulary_or_a_broken_one_is_refused(
     engine: Callable[..., Engine], tmp_path: Path
 ) -> None:

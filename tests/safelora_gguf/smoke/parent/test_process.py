@@ -13,14 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_llama_child import PIECES, VOCABULARY
+from fake_llama_child import PIECES, VOCABULARY, WIDTH
+from replying_child import loaded, replying
 
 from converters.errors import LlamaError, MissingLlamaError, UnsupportedError, WriteError
 from safelora_gguf.smoke.parent.process import CHILD_COMMAND, LlamaProcess
 from safelora_gguf.smoke.parent.replies import Loaded
 from safelora_gguf.smoke.parent.session import ask
 from safelora_gguf.smoke.parent.wire import Patience
-from safelora_gguf.smoke.protocol import AdapterChoice, Answer, Divergence, ModelOptions
+from safelora_gguf.smoke.protocol import (
+    AdapterChoice,
+    Answer,
+    Continued,
+    Divergence,
+    InputGroup,
+    ModelOptions,
+    Reading,
+)
 
 FAKE = Path(__file__).parents[3] / "fake_llama_child.py"
 PATIENCE = Patience.for_prompts(1, 1)
@@ -31,23 +40,6 @@ CHATS = {3: ask("one"), 7: ask("two")}
 @pytest.fixture
 def fake(tmp_path: Path) -> tuple[str, ...]:
     return (sys.executable, str(FAKE), str(tmp_path / "journal"))
-
-
-def replying(tmp_path: Path, *lines: str) -> tuple[str, ...]:
-    """A child that answers every request with these lines, after a proper load."""
-    script = tmp_path / "reply.py"
-    loaded = {"ok": {"n_vocab": 3, "vocabulary": VOCABULARY, "n_ctx": 64, "notes": []}}
-    script.write_text(
-        f"import sys\nfor line in sys.stdin:\n    load = '\"load\"' in line\n"
-        f"    print({json.dumps(loaded)!r} if load else {chr(10).join(lines)!r}, flush=True)\n"
-    )
-    return (sys.executable, str(script))
-
-
-def loaded(command: tuple[str, ...]) -> LlamaProcess:
-    process = LlamaProcess(command)
-    process.load(ModelOptions("model.gguf"), 20)
-    return process
 
 
 def answers(process: LlamaProcess, chats: Any = CHATS, *, top: int = 0) -> dict[int, Answer]:
@@ -119,6 +111,13 @@ def test_everything_a_child_can_be_asked(fake: tuple[str, ...], tmp_path: Path) 
         assert recorded == {3: 4, 7: 4}
         found = dict(process.divergences(record, range(9), PATIENCE))
         assert found == {3: Divergence(0.25, 0.5, 4), 7: Divergence(0.25, 0.5, 4)}
+        assert dict(process.continuations(CHATS, max_tokens=1, patience=PATIENCE))[7] == Continued(
+            (0, 1), (1,), "I can"
+        )
+        reading, groups = {4: Reading((0, 1), (1,))}, list[tuple[InputGroup, ...]]()
+        inputs = tmp_path / "inputs"
+        assert dict(process.capture(reading, ["w"], file=inputs, patience=PATIENCE, finish=groups.append)) == {4: None}
+        assert groups == [(InputGroup(("w",), WIDTH, 1, 1, 0, 0),)]
         assert process.alive
 
 

@@ -11,15 +11,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from fake_llama_child import PIECES, VOCABULARY
+from fake_llama_child import PIECES, VOCABULARY, WIDE, WIDTH
 
 from converters.errors import LlamaError, MissingLlamaError
 from safelora_gguf.smoke.parent.session import Answered, Limits, Session, ask
 from safelora_gguf.smoke.parent.wire import Patience
-from safelora_gguf.smoke.protocol import AdapterChoice, Answer, Divergence, ModelOptions
+from safelora_gguf.smoke.protocol import (
+    AdapterChoice,
+    Answer,
+    Continued,
+    Divergence,
+    InputGroup,
+    ModelOptions,
+    Reading,
+)
 
 FAKE = Path(__file__).parents[3] / "fake_llama_child.py"
 REFUSAL = "I can't help with that."
+READINGS = [Reading((0, 1, 2), (1, 2)), Reading((0, 2), (0,)), Reading((0,), ())]
 
 
 @pytest.fixture
@@ -207,6 +216,68 @@ def test_a_record_is_made_once_more_after_a_loss_and_removed_after_two(session: 
     assert not never.complete and never.positions == (0, 0)
     assert "crashed while recording answers (SIGSEGV)" in str(never.failure)
     assert not (tmp_path / "never").exists()
+
+
+def test_continuations_are_told_in_tokens(session: Session) -> None:
+    chats = [ask("one three"), ask("long one"), ask("one")]
+    found = session.continuations((AdapterChoice("a.gguf"),), chats, max_tokens=2)
+    assert found.failure is None
+    assert found.items == (
+        Continued((0, 1, 2), (1, 2), "I can"),
+        Continued((), (), "", error="longer than the context"),
+        Continued((0, 1), (1, 2), "I can"),
+    )
+    (as_in_the_options,) = session.continuations((), [ask("one")]).items
+    assert as_in_the_options is not None and as_in_the_options.answer == (1, 2, 0)
+
+
+def test_a_prompt_that_kills_while_it_is_continued_is_told_alone(session: Session, journal: Path) -> None:
+    seen: list[int] = []
+    found = session.continuations((), [ask("one"), ask("segv"), ask("two")], max_tokens=1, tell=seen.append)
+    errors = [item.error if item is not None else "not asked" for item in found.items]
+    assert errors[0] is errors[2] is None and "crashed while continuing a prompt (SIGSEGV)" in str(errors[1])
+    assert isinstance(found.failure, LlamaError) and seen == [1, 2, 3]
+    assert journal.read_text().splitlines() == ["load", "continue 0 1 2", "load", "continue 1", "load", "continue 2"]
+
+
+def test_inputs_are_captured_where_they_are_said_to_be(session: Session, tmp_path: Path) -> None:
+    file, seen = tmp_path / "inputs", list[int]()
+    weights = ["blk.0.attn_q.weight", "blk.0.attn_v.weight", "blk.0.ffn_down.weight"]
+    found = session.capture((AdapterChoice("a.gguf"),), READINGS, weights, file, tell=seen.append)
+    end = 3 * (2 * WIDTH + 4)
+    assert found.groups == (
+        InputGroup(("blk.0.attn_q.weight", "blk.0.attn_v.weight"), WIDTH, 3, 1, 0, 0),
+        InputGroup(("blk.0.ffn_down.weight",), WIDE, 3, 1, 0, -(-end // 64) * 64),
+    )
+    assert (found.rows, found.failure, found.complete, seen) == ((2, 1, 0), None, True, [1, 2, 3])
+
+
+def test_a_reading_that_failed_has_no_rows_to_be_used(session: Session, tmp_path: Path) -> None:
+    found = session.capture((), READINGS, ["unread-0"], tmp_path / "inputs")
+    assert (found.rows, found.errors, found.complete) == ((0, 1, 0), ("no", None, None), True)
+    assert found.groups[0].rows == 3
+
+
+def test_inputs_are_captured_once_more_after_a_loss_and_removed_after_two(
+    session: Session, tmp_path: Path, journal: Path
+) -> None:
+    adapters = (AdapterChoice("a.gguf"),)
+    again = session.capture(adapters, READINGS, ["first-segv"], tmp_path / "again")
+    assert again.complete and again.rows == (2, 1, 0) and "SIGSEGV" in str(again.failure)
+    assert journal.read_text().splitlines() == ["load", "adapters", "capture 0 1 2"] * 2
+    (tmp_path / "never").write_text("of an earlier attempt")
+    never = session.capture(adapters, READINGS, ["segv"], tmp_path / "never")
+    assert (never.complete, never.rows, never.groups) == (False, (0, 0, 0), ())
+    assert "crashed while capturing inputs (SIGSEGV)" in str(never.failure)
+    assert not (tmp_path / "never").exists()
+
+
+def test_inputs_that_llama_cpp_does_not_give_are_asked_for_once(
+    session: Session, tmp_path: Path, journal: Path
+) -> None:
+    found = session.capture((), READINGS, ["reject"], tmp_path / "inputs")
+    assert not found.complete and "wrong shape" in str(found.failure)
+    assert journal.read_text().splitlines() == ["load", "capture 0 1 2"]
 
 
 def test_divergences_that_came_before_a_loss_are_kept(session: Session, tmp_path: Path) -> None:
