@@ -10,6 +10,7 @@
     python scripts/bench.py convert-model               one of 2.2 GB to GGUF, against llama.cpp's converter
     python scripts/bench.py tune-scoring                twelve settings of an adapter, against `project` for each
     python scripts/bench.py merge                       an adapter into one of 2.2 GB, against PEFT
+    python scripts/bench.py repair-solve                a 7B model's adapter, against the formula in float64
     python scripts/bench.py smoke                       several adapters, against a load and a prompt at a time
 
 `project` is measured against Safe LoRA as it was published, written out in plain torch (see bench_methods.py): time
@@ -24,10 +25,7 @@ Figures are worth keeping only from a machine that does nothing else: the load b
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -37,16 +35,27 @@ import bench_convert
 import bench_dequantize
 import bench_extrapolate
 import bench_header
+import bench_repair
 import bench_smoke
 import bench_whole
 import torch
 import typer
 from bench_agreement import DisagreementError, check
 from bench_inputs import model_files, reference_type, requests_for, say, type_named, whole_models
-from bench_models import Files, Shape, warm
-from bench_report import Report, markdown_table, place, plain_table
-from bench_runs import Machine, Series, run_in_turns
-from bench_runs import Request as AnyRequest
+from bench_models import Shape, warm
+from bench_printing import (
+    PACKAGES,
+    command_line,
+    compare,
+    in_turns,
+    no_figures,
+    print_json,
+    print_series,
+    print_table,
+    sized,
+)
+from bench_report import Report
+from bench_runs import Machine, run_in_turns
 
 from converters.errors import UnsupportedError
 from converters.rounding import is_exact
@@ -54,7 +63,6 @@ from converters.rounding import is_exact
 _HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ", 1)  # the mark keeps click from filling the list's lines
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=_HELP, rich_markup_mode=None)
 
-_PACKAGES = ("safelora-gguf", "torch", "safetensors", "numpy")
 _GGML_PACKAGES = ("gguf", "llama-cpp-python")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -94,7 +102,7 @@ def project(
         raise typer.BadParameter(f"{hidden} is no multiple of 512", param_hint="--hidden")
     shape = Shape(layers, hidden, rank)
     qtype = None if references is None else reference_type(references, shape, subspace)
-    machine = Machine.here(_PACKAGES if qtype is None else (*_PACKAGES, *_GGML_PACKAGES))
+    machine = Machine.here(PACKAGES if qtype is None else (*PACKAGES, *_GGML_PACKAGES))
     with model_files(directory, shape, qtype) as files, tempfile.TemporaryDirectory() as outputs:
         requests = requests_for(files, qtype, Path(outputs), device=device, threads=threads, subspace=subspace)
         warm(Path(path) for path in (requests["ours"].base, requests["ours"].aligned, requests["ours"].adapter))
@@ -107,10 +115,10 @@ def project(
                 files.shape,
             )
         except (ChildProcessError, DisagreementError) as error:
-            raise _no_figures(error) from None
+            raise no_figures(error) from None
         stored = "bf16" if qtype is None else f"{qtype.name} GGUF"
         report = Report(files.shape, stored, subspace, threads, device, machine, series, errors)
-    print(report.to_json() if json_output else report.to_markdown(_command()) if markdown else report.to_table())
+    print(report.to_json() if json_output else report.to_markdown(command_line()) if markdown else report.to_table())
 
 
 @app.command()
@@ -135,12 +143,12 @@ def dequantize(
     try:
         found = [bench_dequantize.measure(qtype, (rows, columns), runs) for qtype in wanted]
     except (DisagreementError, UnsupportedError) as error:
-        raise _no_figures(error) from None
+        raise no_figures(error) from None
     if json_output:
-        _print_json(machine, [timings.to_json() for timings in found])
+        print_json(machine, [timings.to_json() for timings in found])
     else:
         table = [bench_dequantize.HEAD, *(timings.row() for timings in found)]
-        _print_table(bench_dequantize.subject((rows, columns), runs), table, machine, markdown)
+        print_table(bench_dequantize.subject((rows, columns), runs), table, machine, markdown)
 
 
 @app.command()
@@ -158,11 +166,11 @@ def header(
         try:
             found = bench_header.measure(Path(temporary) / "model.gguf", tokens, runs, reader_runs, say)
         except DisagreementError as error:
-            raise _no_figures(error) from None
+            raise no_figures(error) from None
     if json_output:
-        _print_json(machine, found.to_json())
+        print_json(machine, found.to_json())
     else:
-        _print_table(found.subject(), [bench_header.HEAD, *found.rows()], machine, markdown)
+        print_table(found.subject(), [bench_header.HEAD, *found.rows()], machine, markdown)
 
 
 @app.command()
@@ -181,17 +189,17 @@ def convert(
     if llama_cpp is not None and not (llama_cpp / "convert_lora_to_gguf.py").exists():
         raise typer.BadParameter(f"{llama_cpp} has no convert_lora_to_gguf.py", param_hint="--llama-cpp")
     size = bench_convert.Size(layers, rank)
-    machine = Machine.here((*_PACKAGES, "gguf", *(("transformers",) if llama_cpp else ())))
+    machine = Machine.here((*PACKAGES, "gguf", *(("transformers",) if llama_cpp else ())))
     with tempfile.TemporaryDirectory(prefix="safelora-bench-", dir=directory) as temporary:
         try:
             found = bench_convert.measure(Path(temporary), size, runs, threads=threads, llama_cpp=llama_cpp, say=say)
         except (ChildProcessError, DisagreementError) as error:
-            raise _no_figures(error) from None
+            raise no_figures(error) from None
     if json_output:
-        _print_json(machine, [timings.to_json() for timings in found])
+        print_json(machine, [timings.to_json() for timings in found])
     else:
         rows = [bench_convert.HEAD, *(row for timings in found for row in timings.rows())]
-        _print_table(size.subject(runs, threads), rows, machine, markdown)
+        print_table(size.subject(runs, threads), rows, machine, markdown)
 
 
 @app.command()
@@ -206,16 +214,16 @@ def extrapolate(
 ) -> None:
     """Times the rank-k part of a difference against torch's full SVD."""
     torch.set_num_threads(threads)
-    machine = Machine.here(_PACKAGES)
+    machine = Machine.here(PACKAGES)
     try:
         found = [bench_extrapolate.measure(case, rank, tolerance, runs, say) for case in bench_extrapolate.CASES]
     except DisagreementError as error:
-        raise _no_figures(error) from None
+        raise no_figures(error) from None
     if json_output:
-        _print_json(machine, [timings.to_json() for timings in found])
+        print_json(machine, [timings.to_json() for timings in found])
     else:
         rows = [bench_extrapolate.HEAD, *(timings.row() for timings in found)]
-        _print_table(bench_extrapolate.subject(rank, tolerance, runs, threads), rows, machine, markdown)
+        print_table(bench_extrapolate.subject(rank, tolerance, runs, threads), rows, machine, markdown)
 
 
 @app.command()
@@ -233,9 +241,9 @@ def extrapolate_whole(
     """Times `extrapolate` on whole models against copying their bytes."""
     with whole_models(directory, Shape(layers, hidden)) as (files, outputs):
         wanted = bench_whole.requests(files.base, files.aligned, outputs, rank, threads)
-        series = _in_turns(wanted, runs, "bench_whole.py")
-    subject = f"extrapolate at rank {rank}: {_sized(files, runs, threads)}"
-    _print_series(subject, bench_whole.rows(series), series, json_output, markdown)
+        series = in_turns(wanted, runs, "bench_whole.py")
+    subject = f"extrapolate at rank {rank}: {sized(files, runs, threads)}"
+    print_series(subject, bench_whole.rows(series), series, json_output, markdown)
 
 
 @app.command()
@@ -253,11 +261,11 @@ def tune_scoring(
     """Times scoring and writing twelve settings of an adapter against `project` for each of them."""
     with whole_models(directory, Shape(layers, hidden, rank)) as (files, outputs):
         wanted = bench_candidates.requests(files, outputs, threads)
-        series = _in_turns(wanted, runs, "bench_candidates.py")
-        _compare(lambda: bench_candidates.check(wanted))
-        subject = f"twelve settings of an adapter of rank {rank}: {_sized(files, runs, threads)}"
+        series = in_turns(wanted, runs, "bench_candidates.py")
+        compare(lambda: bench_candidates.check(wanted))
+        subject = f"twelve settings of an adapter of rank {rank}: {sized(files, runs, threads)}"
         found, head = bench_candidates.rows(series), bench_candidates.HEAD
-        _print_series(subject, found, series, json_output, markdown, head=head)
+        print_series(subject, found, series, json_output, markdown, head=head)
 
 
 @app.command()
@@ -277,11 +285,11 @@ def convert_model(
     with whole_models(directory, Shape(layers, hidden)) as (files, outputs):
         model = bench_checkpoints.with_tokenizer(files, outputs / "source")
         wanted = bench_checkpoints.conversions(model, outputs, outtype, llama_cpp, threads)
-        series = _in_turns(wanted, runs, "bench_checkpoints.py")
+        series = in_turns(wanted, runs, "bench_checkpoints.py")
         if llama_cpp is not None:
-            _compare(lambda: bench_convert.compare_gguf(Path(wanted["convert"].out), Path(wanted["upstream"].out)))
-        subject = f"convert model to {outtype.upper()}: {_sized(files, runs, threads)}"
-        _print_series(subject, bench_whole.rows(series, bench_checkpoints.TITLES), series, json_output, markdown)
+            compare(lambda: bench_convert.compare_gguf(Path(wanted["convert"].out), Path(wanted["upstream"].out)))
+        subject = f"convert model to {outtype.upper()}: {sized(files, runs, threads)}"
+        print_series(subject, bench_whole.rows(series, bench_checkpoints.TITLES), series, json_output, markdown)
 
 
 @app.command()
@@ -299,9 +307,45 @@ def merge(
     """Times `merge` into a safetensors directory against PEFT's merge_and_unload."""
     with whole_models(directory, Shape(layers, hidden, rank)) as (files, outputs):
         wanted = bench_checkpoints.merges(files.aligned, files.adapter(), outputs, threads)
-        series = _in_turns(wanted, runs, "bench_checkpoints.py")
-        subject = f"merge an adapter of rank {rank} on all projections: {_sized(files, runs, threads)}"
-        _print_series(subject, bench_whole.rows(series, bench_checkpoints.TITLES), series, json_output, markdown)
+        series = in_turns(wanted, runs, "bench_checkpoints.py")
+        subject = f"merge an adapter of rank {rank} on all projections: {sized(files, runs, threads)}"
+        print_series(subject, bench_whole.rows(series, bench_checkpoints.TITLES), series, json_output, markdown)
+
+
+@app.command()
+def repair_solve(
+    *,
+    layers: Annotated[int, typer.Option(min=1, help="Of the whole, which is solved once.")] = 32,
+    tokens: Annotated[int, typer.Option(min=64, help="Of either set.")] = 2048,
+    runs: _Runs = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda, for all methods alike.")] = "cpu",
+    threads: _Threads = 2,
+    json_output: _Json = False,
+    markdown: _Markdown = False,
+) -> None:
+    """Times solving for a repaired adapter against the formula written out in float64."""
+    machine = Machine.here(("safelora-gguf", "torch", "numpy"))
+    with tempfile.TemporaryDirectory(prefix="safelora-bench-") as temporary:
+        inputs, outputs = Path(temporary) / "inputs", Path(temporary) / "out"
+        inputs.mkdir()
+        outputs.mkdir()
+        bench_repair.write_inputs(inputs, tokens)
+        wanted = bench_repair.requests(inputs, outputs, tokens, device, threads)
+        series = in_turns(wanted, runs, "bench_repair.py")
+        try:
+            error = bench_repair.check(wanted)
+        except DisagreementError as differing:
+            raise no_figures(differing) from None
+        whole = in_turns(bench_repair.whole(wanted, layers), 1, "bench_repair.py")
+    if json_output:
+        print_json(machine, {method: found.to_json() for method, found in (series | whole).items()})
+    else:
+        subject = (
+            f"repair: solving for one mu, {tokens:,} tokens of either set, on {device}, {threads} cores; {runs} runs "
+            f"each, the whole once; A' as the dense method has it to {error:.0e}"
+        )
+        rows = [bench_repair.HEAD, *bench_repair.rows(series | whole, layers)]
+        print_table(subject, rows, machine, markdown)
 
 
 @app.command()
@@ -319,78 +363,20 @@ def smoke(
     machine = Machine.here(("safelora-gguf", "numpy", "llama-cpp-python"))
     with tempfile.TemporaryDirectory(prefix="safelora-bench-") as temporary:
         wanted = bench_smoke.requests(Path(temporary), adapters, prompts, max_tokens, threads)
-        series = _in_turns(wanted, runs, "bench_smoke.py")
+        series = in_turns(wanted, runs, "bench_smoke.py")
         try:
             same = bench_smoke.compare(wanted["answers"], wanted["plain"])
         except DisagreementError as error:
-            raise _no_figures(error) from None
+            raise no_figures(error) from None
         rows = list(bench_smoke.rows(series, wanted))
     if json_output:
-        _print_json(machine, {method: found.to_json() for method, found in series.items()})
+        print_json(machine, {method: found.to_json() for method, found in series.items()})
     else:
         subject = (
             f"smoke: the packaged family alone and with {adapters} adapters, {prompts} prompts each, {max_tokens} "
             f"tokens at most, one thread; {runs} runs each; {same}"
         )
-        _print_table(subject, [bench_smoke.HEAD, *rows], machine, markdown)
-
-
-def _in_turns(wanted: Mapping[str, AnyRequest], runs: int, script: str) -> dict[str, Series]:
-    try:
-        return run_in_turns(wanted, runs, say, script)
-    except ChildProcessError as error:
-        raise _no_figures(error) from None
-
-
-def _compare(check: Callable[[], None]) -> None:
-    try:
-        check()
-    except DisagreementError as error:
-        raise _no_figures(error) from None
-
-
-def _sized(files: Files, runs: int, threads: int) -> str:
-    size = sum(file.stat().st_size for file in files.aligned.rglob("*.safetensors"))
-    return (
-        f"models of {files.shape.layers} layers, hidden {files.shape.hidden}, {size / 1e9:.1f} GB each in BF16, in the "
-        f"page cache; {threads} cores, {runs} runs each"
-    )
-
-
-def _print_series(
-    subject: str,
-    rows: Iterable[Sequence[str]],
-    series: Mapping[str, Series],
-    json_output: bool,
-    markdown: bool,
-    *,
-    head: Sequence[str] = bench_whole.HEAD,
-) -> None:
-    machine = Machine.here((*_PACKAGES, "gguf", "transformers", "peft"))
-    if json_output:
-        _print_json(machine, {method: found.to_json() for method, found in series.items()})
-    else:
-        _print_table(subject, [head, *rows], machine, markdown)
-
-
-def _print_json(machine: Machine, found: object) -> None:
-    print(json.dumps({"machine": machine.to_json(), "found": found}, indent=2))
-
-
-def _print_table(subject: str, rows: Sequence[Sequence[str]], machine: Machine, markdown: bool) -> None:
-    if markdown:
-        print("\n".join([subject, "", markdown_table(rows), "", f"`{_command()}`", "", place(machine)]))
-    else:
-        print("\n".join([subject, "", plain_table(rows), "", place(machine)]))
-
-
-def _command() -> str:
-    return " ".join(["python", "scripts/bench.py", *sys.argv[1:]])
-
-
-def _no_figures(error: Exception) -> typer.Exit:
-    say(f"no figures: {error}")
-    return typer.Exit(1)
+        print_table(subject, [bench_smoke.HEAD, *rows], machine, markdown)
 
 
 if __name__ == "__main__":

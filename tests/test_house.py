@@ -16,6 +16,7 @@ KERNELS = [
     "safelora_gguf/triplets.py",
     "safelora_gguf/noise.py",
     "safelora_gguf/merging/kernels.py",
+    "safelora_gguf/repair/closed_form.py",
     "converters/products.py",
 ]
 
