@@ -62,6 +62,19 @@ def _bridge(base: Model, aligned: Model, remedy: str) -> Bridge:
     return Bridge.of(tables[1], aligned)
 
 
+def gguf_layout(adapter: LoraAdapter, model: ModelDescription) -> LoraAdapter:
+    """The adapter as GGUF has it, for a model that is GGUF.
+
+    Raises:
+        UnsupportedError: the architecture has no table, or no place for a module.
+        MismatchError: experts that the model hasn't. FormatError: the heads can't be told.
+    """
+    if adapter.layout == "gguf":
+        return adapter
+    remedy = f"A GGUF adapter needs none: convert {adapter.path} with llama.cpp's convert_lora_to_gguf.py"
+    return ConvertedAdapter(adapter, Bridge.of(table_of(model, remedy), model))
+
+
 def written_layout(adapter: LoraAdapter, model: ModelDescription, *, to_gguf: bool) -> LoraAdapter:
     """The adapter as GGUF would have it if it is for experts of a mixture; otherwise as it is.
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from safelora_gguf.model_conversion_report import ConvertModelReport
     from safelora_gguf.project import project_adapter
     from safelora_gguf.recipe import RunReport, read_recipe, run_recipe
+    from safelora_gguf.repair import RepairReport, repair_adapter
     from safelora_gguf.report import ProjectReport
     from safelora_gguf.selection import Selection
     from safelora_gguf.smoke import SmokeReport, smoke_test
@@ -43,6 +44,7 @@ _HOMES = {
     "Inspection": "converters.inspection",
     "MergeReport": "safelora_gguf.merging.report",
     "ProjectReport": "safelora_gguf.report",
+    "RepairReport": "safelora_gguf.repair",
     "RunReport": "safelora_gguf.recipe",
     "Selection": "safelora_gguf.selection",
     "SmokeReport": "safelora_gguf.smoke",
@@ -56,6 +58,7 @@ _HOMES = {
     "run_recipe": "safelora_gguf.recipe",
     "run_demo": "safelora_gguf.demo",
     "project_adapter": "safelora_gguf.project",
+    "repair_adapter": "safelora_gguf.repair",
     "smoke_test": "safelora_gguf.smoke",
     "tune_adapter": "safelora_gguf.tune",
 }
@@ -69,6 +72,7 @@ __all__ = [
     "Inspection",
     "MergeReport",
     "ProjectReport",
+    "RepairReport",
     "RunReport",
     "Selection",
     "SmokeReport",
@@ -81,6 +85,7 @@ __all__ = [
     "merge_adapters",
     "project_adapter",
     "read_recipe",
+    "repair_adapter",
     "run_demo",
     "run_recipe",
     "smoke_test",

@@ -23,6 +23,8 @@ _MOST_NAMES = 12
 METHODS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "project": ("A LoRA adapter, projected onto its model's alignment with Safe LoRA (arXiv 2405.16833).",
                 ("lora", "safe-lora")),
+    "repair": ("A LoRA adapter, repaired: its update was reduced on the inputs on which its model refuses, and kept on "
+               "benign ones.", ("lora",)),
     "extrapolate": ("LoX (arXiv 2506.15606): a part of what alignment changed, added to the aligned model's matrices "
                     "once more, so that later fine-tuning undoes less of it.", ("lox",)),
     "merge": ("A model with the updates of LoRA adapters added to its weights.", ("merge",)),
@@ -41,7 +43,9 @@ def entries_of(report: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 def is_adapter(report: Mapping[str, Any]) -> bool:
     """Whether the report is about an adapter."""
     command = report.get("command")
-    return command in ("project", "convert adapter") or (command == "extrapolate" and report.get("as") == "adapter")
+    return command in ("project", "repair", "convert adapter") or (
+        command == "extrapolate" and report.get("as") == "adapter"
+    )
 
 
 def relation(report: Mapping[str, Any]) -> str | None:
@@ -65,7 +69,14 @@ def check_report(report: Mapping[str, Any]) -> None:
 def description(report: Mapping[str, Any], *, measured: bool) -> str:
     """A sentence or two."""
     method = METHODS[str(report["command"])][0]
+    if report["command"] == "repair" and report.get("mu") is None:
+        method = "A LoRA adapter as it was: it refused enough of the prompts it was asked, and repair changed nothing."
     return method if measured else f"{method} {_WARNING}"
+
+
+def own_measurement(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The report itself where its command measures what it writes."""
+    return report if report.get("command") == "repair" and entries_of(report, "runs") else None
 
 
 def settings(report: Mapping[str, Any]) -> dict[str, Fact]:
@@ -82,6 +93,8 @@ def settings(report: Mapping[str, Any]) -> dict[str, Fact]:
         "rank": report.get("rank"),
         "coef": report.get("coef"),
         "tolerance": report.get("tolerance"),
+        "mu": report.get("mu"),
+        "eps": report.get("eps"),
         "type": report.get("outtype"),
     }
     return {key: value for key, value in found.items() if isinstance(value, str | int | float)}
@@ -99,9 +112,12 @@ def _of_command(report: Mapping[str, Any], tensors: Sequence[Mapping[str, Any]])
     if command == "project":
         yield f"projected: {report.get('projected')} of {report.get('total')} matrices"
         yield from _span("cosines between the projected update and the update", _numbers(tensors, "cosine"), ".3f")
-        ratio = report.get("norm_ratio")
-        if isinstance(ratio, float):
-            yield f"norm of the whole update, after to before: {ratio:.3f}"
+        yield from _norm_ratio(report)
+    elif command == "repair":
+        yield f"repaired: {report.get('repaired')} of {report.get('total')} matrices"
+        yield from _span("share of the update kept on benign inputs", _numbers(tensors, "kept_benign"), ".1%")
+        yield from _span("share kept where the model refuses", _numbers(tensors, "kept_harmful"), ".1%")
+        yield from _norm_ratio(report)
     elif command == "extrapolate":
         used = [entry for entry in tensors if entry.get("singular_values") or entry.get("r_align")]
         yield f"extrapolated: {len(used) or len(tensors)} of {len(tensors)} matrices"
@@ -112,6 +128,12 @@ def _of_command(report: Mapping[str, Any], tensors: Sequence[Mapping[str, Any]])
         yield from _span("size of the change, relative to the weight", _numbers(tensors, "delta_norm"), ".2%")
     else:
         yield f"converted: {len(tensors)} {'pairs' if command == 'convert adapter' else 'tensors'}"
+
+
+def _norm_ratio(report: Mapping[str, Any]) -> Iterator[str]:
+    ratio = report.get("norm_ratio")
+    if isinstance(ratio, float):
+        yield f"norm of the whole update, after to before: {ratio:.3f}"
 
 
 def _types(tensors: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -135,7 +157,7 @@ def measured(smoke: Mapping[str, Any] | None, *, of_output: bool = True) -> Sect
     """The refusals that were measured, by run; or that nothing was.
 
     Args:
-        smoke: a smoke test's report.
+        smoke: a smoke test's report, or that of a command which measures what it writes.
         of_output: whether the files measured are the card's own, and not others made of them.
 
     Raises:
@@ -143,8 +165,8 @@ def measured(smoke: Mapping[str, Any] | None, *, of_output: bool = True) -> Sect
     """
     if smoke is None:
         return Section("Refusals", paragraphs=("Not measured.",))
-    prompts, runs = smoke.get("prompts"), entries_of(smoke, "runs")
-    if smoke.get("command") != "smoke" or not runs or not isinstance(prompts, dict):
+    prompts, runs = _asked(smoke), entries_of(smoke, "runs")
+    if smoke.get("command") not in ("smoke", "repair") or not runs or not isinstance(prompts, dict):
         raise FormatError("this is no report of a smoke test; make one with: safelora-gguf smoke --report FILE.json")
     counted = prompts.get("counts")
     counts = [f"{counted[kind]} {kind}" for kind in _KINDS if counted.get(kind)] if isinstance(counted, dict) else []
@@ -154,6 +176,7 @@ def measured(smoke: Mapping[str, Any] | None, *, of_output: bool = True) -> Sect
         f"Measured in llama.cpp with greedy answers to the prompts {prompts.get('name')}, version "
         f"{prompts.get('version')} ({', '.join(counts)}), by the judge {smoke.get('judge')}. The last run decides; by "
         f"{_bounds(smoke.get('bounds'))}, the verdict is: {smoke.get('verdict')}.",
+        *_calibrated(smoke),
         *((f"Measured on files made of this output: {', '.join(files)}.",) if not of_output else ()),
         *_controlled(smoke.get("controls")),
         "These are rates over these prompts by this judge, 95 % intervals in brackets; other prompts may be answered "
@@ -162,6 +185,27 @@ def measured(smoke: Mapping[str, Any] | None, *, of_output: bool = True) -> Sect
     controls = smoke.get("controls")
     measured = [*runs[:-1], *(entries_of(controls, "runs") if isinstance(controls, dict) else ()), *runs[-1:]]
     return Section("Refusals", paragraphs=told, columns=_HEADS, rows=[_run(run) for run in measured])
+
+
+def _asked(smoke: Mapping[str, Any]) -> object:
+    """The prompts that the runs were asked: of a repair those that judge, or calibrate and judge."""
+    prompts = smoke.get("prompts")
+    if smoke.get("command") != "repair" or not isinstance(prompts, dict):
+        return prompts
+    return prompts.get("judging") or prompts.get("calibration")
+
+
+def _calibrated(smoke: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of a repair, by which prompts it was made."""
+    prompts = smoke.get("prompts")
+    if smoke.get("command") != "repair" or not isinstance(prompts, dict):
+        return ()
+    if not prompts.get("judging"):
+        told = "The same prompts calibrated the repair; where they could be dealt out, each was answered with one made "
+        return (f"{told}without it.",)
+    made = prompts.get("calibration")
+    found = made if isinstance(made, dict) else {}
+    return (f"The repair was calibrated on others: {found.get('name')}, version {found.get('version')}.",)
 
 
 def _bounds(found: object) -> str:

@@ -19,6 +19,7 @@ from safelora_gguf.commands.inspect import inspect
 from safelora_gguf.commands.merge import merge
 from safelora_gguf.commands.options import as_command
 from safelora_gguf.commands.project import project
+from safelora_gguf.commands.repair import repair
 from safelora_gguf.commands.run import run
 from safelora_gguf.commands.smoke import smoke
 from safelora_gguf.commands.tune import tune
@@ -44,6 +45,7 @@ app.command("merge")(as_command("merge", merge))
 app.command("run")(as_command("run", run))
 app.command("smoke")(as_command("smoke", smoke))
 app.command("tune")(as_command("tune", tune))
+app.command("repair")(as_command("repair", repair))
 app.command("inspect")(as_command("inspect", inspect))
 app.command("demo")(as_command("demo", demo))
 

@@ -22,6 +22,7 @@ from safelora_gguf.card_sections import (
     entries_of,
     is_adapter,
     measured,
+    own_measurement,
     relation,
     settings,
 )
@@ -85,10 +86,11 @@ def output_card(made: MadeOutput, smoke: Mapping[str, Any] | None, invocation: s
     """
     report, cards = made.report, made.cards
     adapter, license_ = is_adapter(report), header_license(cards)
+    told, of_output = smoke or own_measurement(report), smoke is None or made.is_file
     tags = (*METHODS[str(report["command"])][1], "safelora-gguf", *(("gguf",) if made.is_file else ()))
     return ModelCard(
         title=plain_name(made.output),
-        description=description(report, measured=smoke is not None),
+        description=description(report, measured=told is not None),
         license=license_.id,
         license_name=license_.name,
         license_link=license_.link,
@@ -99,7 +101,7 @@ def output_card(made: MadeOutput, smoke: Mapping[str, Any] | None, invocation: s
         languages=[name for card in cards for name in card.card.languages],
         library=None if made.is_file else "peft" if adapter else "transformers",
         facts=settings(report),
-        sections=[section for section in (measured(smoke, of_output=made.is_file), changes(report), licenses(cards))
+        sections=[section for section in (measured(told, of_output=of_output), changes(report), licenses(cards))
                   if section is not None],
         inputs=list(_inputs(report)),
         invocation=invocation,

@@ -20,7 +20,7 @@ from converters.errors import UsageError
 from safelora_gguf.report import write_json_report
 
 SUFFIXES = (".json", ".html", ".csv", ".xml")
-MEASURED = ("smoke", "tune")
+MEASURED = ("smoke", "tune", "repair")
 """Commands with a verdict, which JUnit can tell."""
 
 _FORMULA = re.compile(r"^\s*[=+\-@|%]|^[\t\r]")

@@ -3,7 +3,8 @@
     python scripts/measure_tune.py [FAMILY]...
 
 Each FAMILY is a directory as `scripts/make_tiny_family.py` writes it; without any it is the packaged one. The search
-sees calibration.jsonl; everything is then measured on prompts.jsonl, whose wordings are other ones. Greedy answers of
+sees calibration.jsonl, of which one half calibrates repairs; everything is then measured on prompts.jsonl, whose
+wordings are other ones. The best repair is made anew for that at its mu, calibrated with both halves. Greedy answers of
 so small models turn on rounding: expect single prompts to differ between processors.
 """
 
@@ -15,14 +16,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safelora_gguf import Selection, project_adapter, smoke_test
+from safelora_gguf import Selection, project_adapter, repair_adapter, smoke_test
 from safelora_gguf.smoke import Run
 from safelora_gguf.tune import Asking, TuneReport, tune_adapter
 from safelora_gguf.tune.report import CandidateReport
 
 PACKAGED = Path(__file__).parent.parent / "safelora_gguf" / "tiny_family"
-ATTACKED, CHOSEN, PROJECTED, EVERYTHING, DEFAULT, SCALED = (
-    "attacked", "chosen by `tune`", "best projection", "project --all", "project (threshold 0.35)",
+ATTACKED, CHOSEN, REPAIRED, PROJECTED, EVERYTHING, DEFAULT, SCALED = (
+    "attacked", "chosen by `tune`", "best repair", "best projection", "project --all", "project (threshold 0.35)",
     "best plain scaling",
 )  # fmt: skip
 
@@ -61,12 +62,18 @@ def measure(family: Path, scratch: Path, confirm: int, *, confident: bool) -> No
     project_adapter(*files, scratch / "all.gguf", selection=Selection("all"))
     project_adapter(*files, scratch / "default.gguf")
     told = found.tuned
-    winner, projection = None if told is None else told.chosen or told.nearest, best_projection(found)
+    winner = None if told is None else told.chosen or told.nearest
+    projection, repair = best(found, "projection"), best(found, "repair")
+    if repair is not None:
+        asking = Asking([family / "calibration.jsonl"])
+        repaired, mu = scratch / "repaired.gguf", repair.setting["mu"]
+        repair_adapter(family / "aligned.gguf", family / "adapter", repaired, asking=asking, mu=mu)
     if projection is not None:
         project_adapter(*files, scratch / "projected.gguf", **options_of(projection))
     runs = measured(family, scratch, best_scale(found))
     settings = {
         CHOSEN: "none" if winner is None else winner.name,
+        REPAIRED: "" if repair is None else repair.name,
         PROJECTED: "" if projection is None else projection.name,
         SCALED: f"scale {best_scale(found):g}",
     }
@@ -83,10 +90,10 @@ def best_scale(found: TuneReport) -> float:
     return 1.0 if label is None else float(label.removeprefix("scale "))
 
 
-def best_projection(found: TuneReport) -> CandidateReport | None:
-    """The projection that did best in the search."""
+def best(found: TuneReport, kind: str) -> CandidateReport | None:
+    """The projection or repair that did best in the search."""
     tuned = found.tuned
-    label = None if tuned is None else tuned.beside.get("projection")
+    label = None if tuned is None else tuned.beside.get(kind)
     return next((one for one in tuned.candidates if one.name == label), None) if tuned is not None else None
 
 
@@ -102,6 +109,7 @@ def measured(family: Path, scratch: Path, scale: float) -> tuple[Run, ...]:
     files = {
         ATTACKED: attacked,
         CHOSEN: scratch / "chosen.gguf",
+        REPAIRED: scratch / "repaired.gguf",
         PROJECTED: scratch / "projected.gguf",
         EVERYTHING: scratch / "all.gguf",
         DEFAULT: scratch / "default.gguf",

@@ -238,6 +238,48 @@ def tune_report(*, reached: bool = True) -> Report:
     }  # fmt: skip
 
 
+def repair_report(*, halves: bool = True) -> Report:
+    """A repair with its search. `halves`: judged by other prompts than those that calibrate."""
+    draw, smoke = random.Random(11), smoke_report(each=24)
+    modules = []
+    for layer in range(4):
+        for name in PROJECTIONS:
+            norm, kept = draw.uniform(0.6, 2.4), draw.uniform(0.7, 0.98)
+            modules.append({
+                "name": f"blk.{layer}.{name}.weight", "shape": [2048, 2048], "rank": 16, "expert": None,
+                "repaired": True, "kept_benign": kept, "kept_harmful": kept * draw.uniform(0.05, 0.3),
+                "delta_norm": norm, "delta_norm_after": norm * kept, "benign_tokens": 2048, "harmful_tokens": 700,
+                "stored_error": 0.0,
+            })  # fmt: skip
+    counts = {"harmful": 24, "borderline": 12, "benign": 12, "task": 12}
+    half = {"name": "packaged", "version": "3", "counts": counts, "categories": {"harmful": list(CATEGORIES[:4])}}
+    judging = {**half, "version": "3, judging half", "unseen_categories": {"harmful": list(CATEGORIES[4:]), "task": []}}
+    shares = [
+        (1.0, "score", 0.4),
+        (4.0, "score", 0.9),
+        (2.0, "score", 0.85),
+        (4.0, "text", 0.875),
+        (4.757, "text", 0.96),
+    ]
+    search = [
+        {"mu": mu, "by": by, "folds": 3, "refusal_rate": rate, "over_refusal_rate": rate / 8,
+         "task_rate": 1 - rate / 9 if by == "text" else None}
+        for mu, by, rate in shares
+    ]  # fmt: skip
+    controls = {**smoke["controls"], "random": None, "sentences": ["Plain scaling is told of.", "Why no other."]}
+    return {
+        **smoke, "command": "repair", "inputs": inputs("model", "adapter"), "mu": 4.757, "mu_mode": "auto", "eps": 0.1,
+        "tokens": 2048, "tail": 9, "outtype": "f32", "repaired": len(modules), "total": len(modules),
+        "norm_ratio": 0.8312, "modules": modules,
+        "captured": {"harmful": {"prompts": 23, "tokens": 700}, "benign": {"prompts": 36, "tokens": 2048},
+                     "inputs": 16, "bytes": 180_000_000, "passes": 1},
+        "prompts": {"calibration": half, "judging": judging if halves else None}, "search": search,
+        "controls": {key: value for key, value in controls.items() if key != "beats_random"}, "losses": [],
+        "notes": ["Something to know."],
+        "output": {"path": "/adapters/repaired.gguf", "bytes": 11_280_384, "sha256": "5e" * 32},
+    }  # fmt: skip
+
+
 def hostile_report() -> Report:
     """A smoke report whose every text from a file tries to be more than text."""
     report = smoke_report(each=12)

@@ -61,6 +61,22 @@ def choice(value: str | None, option: str, allowed: tuple[str | None, ...]) -> A
     return value
 
 
+def mu_of(text: str) -> float | None:
+    """A number; None for auto.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    from converters.errors import UsageError
+
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--mu is {text!r}, expected auto or a number above 0") from None
+
+
 def split_label(text: str) -> tuple[str, str | None]:
     """PATH or PATH=LABEL; a path that exists is never split."""
     path, separator, label = text.rpartition("=")

@@ -59,6 +59,9 @@ def tune(
     strength: Annotated[list[float] | None, typer.Option(help="B becomes (1 - S) B + S P B.")] = None,
     scale: Annotated[list[float] | None, typer.Option(help="The whole adapter times this, less than 1. "
                                                        "Without it usual ones are tried.")] = None,
+    mu: Annotated[list[float] | None, typer.Option(help="Repair with this weight on harmful inputs.")] = None,
+    repair_prompts: Annotated[list[Path] | None, file_option(
+        help="Prompts to calibrate repairs with. Without it half of the others do, and judge nothing.")] = None,
     confirm: Annotated[int, typer.Option(help="Most candidates that are measured with text, apart "
                                                    "from plain scalings.")] = 12,
     refine: Annotated[bool, typer.Option(help="Try further candidates between those of the grid.")] = True,
@@ -88,8 +91,8 @@ def tune(
 ) -> Outcome:  # fmt: skip
     """Find the change of an adapter that keeps most of it and refuses enough, and write that adapter.
 
-    Tries projections of all strengths and plain scaling, measured in llama.cpp. Exit 0 when one reaches the bounds, 1
-    when none does, 4 when llama.cpp failed. An interrupted search goes on where it was.
+    Tries projections of all strengths, repairs and plain scaling, measured in llama.cpp. Exit 0 when one reaches the
+    bounds, 1 when none does, 4 when llama.cpp failed. An interrupted search goes on where it was.
     """
     from safelora_gguf.smoke import split_kind
     from safelora_gguf.smoke.report import Bounds
@@ -98,7 +101,8 @@ def tune(
     from safelora_gguf.tune.table import tune_text
 
     asked = [judge_model, Path(template) if template else None]
-    read = [model, *(split_kind(file)[0] for file in prompts or []), *(one for one in asked if one and one.is_file())]
+    files = [split_kind(file)[0] for file in (*(prompts or ()), *(repair_prompts or ()))]
+    read = [model, *files, *(one for one in asked if one and one.is_file())]
     targets = report_paths(report, force, [base, aligned, adapter, *read, *replaced(out, to)], "tune")
     asking = Asking(
         prompts or (), judge or ("keyword",), judge_model, max_tokens, threads, gpu_layers, ctx, system, template,
@@ -107,13 +111,14 @@ def tune(
     operators = tuple(choice(name, "operator", ("paper", "subspace")) for name in operator or ())
     grid = GridOptions(
         operators, tuple(rank or ()), tuple(threshold or ()), tuple(number or ()), tuple(strength or ()),
-        tuple(scale or ()),
+        tuple(scale or ()), tuple(mu or ()),
     )  # fmt: skip
     tuning = prepare_tuning(
         base, aligned, adapter, model, out, asking=asking, bounds=Bounds(min_refusal, max_over_refusal, confident),
         grid=grid, confirm=confirm, refine=3 if refine else 0, keep_nearest=keep_nearest, outtype=outtype,
         to=choice(to, "to", ("gguf", "peft", None)), device=device, dora_rank=dora_rank,
         allow_noisy_reference=allow_noisy_reference, force=force,
+        repair_prompts=repair_prompts or (),
     )  # fmt: skip
     if dry_run:
         return Outcome(partial(tune_text, tuning.planned()), tuning.planned().to_json())

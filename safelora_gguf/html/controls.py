@@ -1,4 +1,4 @@
-"""What the controls say: whether a projection did more than the same loss of size without it."""
+"""What the controls say: whether a change did more than the same loss of size without it."""
 
 from __future__ import annotations
 
@@ -18,27 +18,32 @@ def controls_line(report: Report) -> str | None:
     told = [(truth(controls, key), what) for key, what in _CONTROLS if key in controls]
     if not told:
         return None
-    name = names_of(report).text(words(controls, "projected")) or "the projection"
+    name = names_of(report).text(words(controls, "projected")) or "the change"
     if all(beaten is None for beaten, _ in told):
         return f"Controls: whether {name} beats {' or '.join(what for _, what in told)} cannot be told from this."
     clauses = [
         f"whether it beats {what} cannot be told from this" if beaten is None else f"{_BEATEN[beaten][0]} {what}"
         for beaten, what in sorted(told, key=lambda each: each[0] is None)
     ]
-    return f"Controls: {name} {'; '.join(clauses)}."
+    ratio = number(controls, "norm_ratio")
+    grew = (
+        "" if ratio is None or ratio <= 1 else f" At {percent(ratio)} of the adapter’s norm scaling takes nothing away."
+    )
+    return f"Controls: {name} {'; '.join(clauses)}.{grew}"
 
 
 def controls_section(report: Report, level: int) -> Section | None:
-    """Whether the projection did what plain scaling or a random subspace would not have done."""
+    """Whether the change did what plain scaling or a random subspace would not have done."""
     controls = part(report, "controls")
     if not controls:
         return None
     marks = [_beaten(truth(controls, key), what) for key, what in _CONTROLS if key in controls]
     ratio, name = number(controls, "norm_ratio"), words(controls, "projected")
+    drawn = ", and the same modules brought to a random subspace of the same rank" if "beats_random" in controls else ""
     how = paragraph(
-        "A control changes the adapter as much as the projection does, but knows nothing of the alignment: the whole "
-        f"adapter scaled down to the same total norm{'' if ratio is None else f' ({percent(ratio, 1)} of it)'}, and "
-        "the same modules brought to a random subspace of the same rank.",
+        "A control changes the adapter as much as the change in question does, but knows nothing of the alignment: the "
+        f"whole adapter scaled to the same total norm{'' if ratio is None else f' ({percent(ratio, 1)} of it)'}"
+        f"{drawn}.",
         class_="aside",
     )
     whose = paragraph(names_of(report).markup(name, "label"), ":") if name else None

@@ -9,12 +9,13 @@ from statistics import fmean
 
 from safelora_gguf.html.elements import Child, Markup, element, join
 from safelora_gguf.html.parts import Column, Section, fold, paragraph, scrolling, table, unseen
-from safelora_gguf.html.reading import Report, number, numbers, part, parts, truth, whole, words
+from safelora_gguf.html.reading import Report, inner_of, number, numbers, part, parts, truth, whole, words
 from safelora_gguf.html.scales import rounded_up
 from safelora_gguf.html.text import MISSING, figure, one_line, percent
 
 STEPS = 9
 """How many colours a map has; style.css holds them."""
+_PERCENT = "\u00a0%"
 _MOST_ROWS = 2_000
 _LAYER = re.compile(r"(?:^|\.)(?:blk|layers?|h|blocks?)\.(\d{1,6})\.(.+?)(?:\.weight)?$")
 _SHORT = {
@@ -37,13 +38,14 @@ class Place:
 
 @dataclass(frozen=True)
 class _Map:
-    """One measure of all modules. `top`: the value of the last colour."""
+    """One measure of all modules. `top`: the value of the last colour; `unit`: stands behind it in the legend."""
 
     caption: str
     hue: str
     top: float
     value: Callable[[Report], float | None]
     show: Callable[[float], str]
+    unit: str = ""
 
 
 def place_of(name: str) -> Place:
@@ -58,7 +60,7 @@ def place_of(name: str) -> Place:
 
 def modules_of(report: Report) -> list[Report]:
     """The adapted weights or the matrices of any report."""
-    inner = part(report, "project")
+    inner = inner_of(report)
     return parts(report, "modules") or parts(inner, "modules") or parts(report, "tensors")
 
 
@@ -94,11 +96,19 @@ def _maps(modules: Sequence[Report]) -> list[_Map]:
     most = max((len(numbers(module, "singular_values")) for module in modules), default=0)
     return [
         _Map("Cosine of the update and its projection", "cool", top, lambda m: number(m, "cosine"), digits.format),
-        _Map("Share of the update’s norm that is left", "warm", 1.0, _kept, lambda value: f"{100 * value:.0f}"),
+        _Map("Share of the update that is kept on benign inputs", "green", 1.0, lambda m: number(m, "kept_benign"),
+             _percents, _PERCENT),
+        _Map("Share that is kept where the model refuses", "cool", 1.0, lambda m: number(m, "kept_harmful"),
+             _percents, _PERCENT),
+        _Map("Share of the update’s norm that is left", "warm", 1.0, _kept, _percents, _PERCENT),
         _Map("R_align: how much of the alignment matrix the directions hold", "cool", 1.0,
              lambda m: number(m, "r_align"), "{:.2f}".format),
         _Map(f"Values above the noise edge, of {most}", "green", float(most), _above, "{:.0f}".format),
     ]  # fmt: skip
+
+
+def _percents(value: float) -> str:
+    return f"{100 * value:.0f}"
 
 
 def _kept(module: Report) -> float | None:
@@ -161,8 +171,7 @@ def _cell(chart: _Map, modules: Sequence[Report]) -> Markup:
 def _legend(chart: _Map) -> Markup:
     swatches = (element("i", class_=f"s{step}") for step in range(STEPS))
     low, high = chart.show(0.0), chart.show(chart.top)
-    unit = "\u00a0%" if chart.hue == "warm" else ""
-    return element("span", low, *swatches, f"{high}{unit}", class_="legend", aria_hidden="true")
+    return element("span", low, *swatches, f"{high}{chart.unit}", class_="legend", aria_hidden="true")
 
 
 def _all_figures(modules: Sequence[Report]) -> list[Markup]:
@@ -198,6 +207,11 @@ _FIGURES: tuple[tuple[str, str, Callable[[Report], Child]], ...] = (
     ("scaling", "Scaling", _number("scaling")),
     ("cosine", "Cosine", lambda module: figure(number(module, "cosine"))),
     ("projected", "Projected", lambda module: {True: "yes", False: "no", None: MISSING}[truth(module, "projected")]),
+    ("repaired", "Repaired", lambda module: {True: "yes", False: "no", None: MISSING}[truth(module, "repaired")]),
+    ("kept_benign", "Kept, benign", lambda module: percent(number(module, "kept_benign"))),
+    ("kept_harmful", "Kept, refused", lambda module: percent(number(module, "kept_harmful"))),
+    ("benign_tokens", "Tokens, benign", lambda module: f"{whole(module, 'benign_tokens'):,}"),
+    ("harmful_tokens", "Tokens, refused", lambda module: f"{whole(module, 'harmful_tokens'):,}"),
     ("delta_norm", "‖ΔW‖", _number("delta_norm")),
     ("delta_norm_after", "after", _number("delta_norm_after")),
     ("delta_norm_after", "left", lambda module: percent(_kept(module))),

@@ -23,6 +23,7 @@ from safelora_gguf.html.runs import (
     runs_section,
     utility_section,
 )
+from safelora_gguf.html.search import halves_section, search_section
 from safelora_gguf.html.spectra import spectra_section
 from safelora_gguf.html.text import counted, one_line
 from safelora_gguf.html.verdict import Verdict, verdict_of
@@ -34,6 +35,8 @@ _SECTIONS: tuple[Callable[[Report, int], Section | None], ...] = (
     utility_section,
     categories_section,
     agreement_section,
+    search_section,
+    halves_section,
     layers_section,
     spectra_section,
     answers_section,

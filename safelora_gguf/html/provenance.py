@@ -9,11 +9,11 @@ from typing import Any
 
 from safelora_gguf.html.elements import Child, Markup, element, join
 from safelora_gguf.html.parts import Column, Section, bullets, facts, fold, heading, paragraph, table
-from safelora_gguf.html.reading import Report, number, part, parts, texts, words
+from safelora_gguf.html.reading import Report, inner_of, number, part, parts, prompts_of, texts, words
 from safelora_gguf.html.text import counted, figure, one_line, shortened, size
 
 _SETTINGS = ("setting", "settings", "selection", "operator", "rank", "strength", "coef", "tolerance", "outtype", "as",
-             "dry_run", "utility_is", "scale")  # fmt: skip
+             "dry_run", "utility_is", "scale", "mu", "mu_mode", "eps", "tokens", "tail", "task_share")  # fmt: skip
 _LONGEST_VALUE = 600
 _MOST_NOTES = 200
 _GROUP = 8
@@ -33,8 +33,8 @@ def notes_section(report: Report, level: int) -> Section | None:
 
 
 def _several(report: Report, key: str) -> list[str]:
-    """Of the report and of the projection inside it, each once."""
-    return list(dict.fromkeys([*texts(report, key), *texts(part(report, "project"), key)]))
+    """Of the report and of the one inside it, each once."""
+    return list(dict.fromkeys([*texts(report, key), *texts(inner_of(report), key)]))
 
 
 def _more(items: list[str]) -> Markup | None:
@@ -55,7 +55,7 @@ def _inputs(report: Report) -> Markup | None:
     rows: list[list[Child]] = [
         [words(entry, "role") or "input", _path(words(entry, "path")), words(entry, "format"), _size(entry),
          _digest(words(entry, "fingerprint") or words(entry, "stamp"))]
-        for entry in _each_once(parts(report, "inputs") + parts(part(report, "project"), "inputs"))
+        for entry in _each_once(parts(report, "inputs") + parts(inner_of(report), "inputs"))
     ]  # fmt: skip
     columns = [Column("Input"), Column("Path"), Column("Format"), Column("Size", "figure"), Column("Fingerprint")]
     return table("Inputs, with fingerprints over header and tensors", columns, rows) if rows else None
@@ -70,7 +70,7 @@ def _each_once(entries: list[Report]) -> list[Report]:
 def _outputs(report: Report) -> Markup | None:
     entries: list[tuple[str, Report]] = [
         (title, part(source, key))
-        for source in (report, part(report, "project"))
+        for source in (report, inner_of(report))
         for key, title in (("output", "written"), ("planned_output", "planned"))
         if part(source, key)
     ]
@@ -102,7 +102,7 @@ def _size(entry: Report) -> str:
 
 
 def _settings(report: Report) -> Markup:
-    prompts, inner = part(report, "prompts"), part(report, "project")
+    prompts, inner = prompts_of(report), inner_of(report)
     told: list[tuple[str, Child]] = [("Version", f"safelora-gguf {one_line(words(report, 'version'), 40)}")]
     if prompts:
         counts = ", ".join(f"{value:,} {one_line(str(kind), 20)}" for kind, value in part(prompts, "counts").items()
@@ -159,7 +159,8 @@ _KNOWN = frozenset({
     "command", "version", "inputs", "output", "planned_output", "notes", "losses", "error", "verdict", "runs", "flips",
     "candidates", "chosen", "nearest", "project", "prompts", "judge", "judges", "bounds", "controls", "confidence",
     "calibration", "modules", "tensors", "conclusions", "smoke", "steps", "projected", "total", "norm_ratio",
-    "next_steps", "deciding", "beside", "nearest_command", "planned_measurements", *_SETTINGS,
+    "next_steps", "deciding", "beside", "nearest_command", "planned_measurements", "repair", "repaired",
+    "captured", "search", *_SETTINGS,
 })  # fmt: skip
 
 

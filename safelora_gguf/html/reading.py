@@ -50,6 +50,17 @@ def runs_of(report: Report) -> list[Report]:
     return [*runs[:-1], *parts(part(report, "controls"), "runs"), *runs[-1:]]
 
 
+def prompts_of(report: Report) -> Report:
+    """The prompts that the runs were asked: of a repair those that judge, or calibrate and judge."""
+    found = part(report, "prompts")
+    return part(found, "judging") or part(found, "calibration") or found
+
+
+def inner_of(report: Report) -> Report:
+    """The report on what a search wrote: a projection's, or a repair's."""
+    return part(report, "project") or part(report, "repair")
+
+
 def texts(report: Report, key: str) -> list[str]:
     """The strings of a list."""
     return [item for item in _list(report, key) if isinstance(item, str)]

@@ -61,7 +61,8 @@ def _level(report: Report) -> str:
     return f", with Wilson intervals at {percent(number(part(report, 'bounds'), 'level') or 0.95)}"
 
 
-_BESIDE = {"projection": "best projection", "everything": "everything projected", "scaling": "best plain scaling"}
+_BESIDE = {"projection": "best projection", "everything": "everything projected",
+           "repair": "best repair", "scaling": "best plain scaling"}  # fmt: skip
 
 
 def _stands_for(report: Report, run: Report) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Literal
 
 from safelora_gguf.html.controls import controls_line
 from safelora_gguf.html.names import names_of
 from safelora_gguf.html.rates import Bound
-from safelora_gguf.html.reading import Report, number, part, parts, runs_of, texts, truth, whole, words
-from safelora_gguf.html.text import counted, one_line, percent
+from safelora_gguf.html.reading import Report, number, part, parts, prompts_of, runs_of, texts, truth, whole, words
+from safelora_gguf.html.text import counted, figure, one_line, percent
 
 Tone = Literal["good", "bad", "open"]
 
@@ -138,7 +139,7 @@ def _selected(report: Report) -> str | None:
 
 def _prompts(report: Report) -> str | None:
     """What was asked, and who judged the answers."""
-    prompts = part(report, "prompts")
+    prompts = prompts_of(report)
     counts = {str(kind): whole(part(prompts, "counts"), kind) for kind in part(prompts, "counts")}
     if not sum(counts.values()):
         return None
@@ -203,6 +204,45 @@ def _of_project(report: Report) -> Verdict:
     return Verdict("open", "written", line, (told,))
 
 
+def _of_repair(report: Report) -> Verdict:
+    notes = tuple(texts(report, "notes"))
+    if not runs_of(report):
+        line = f"{counted(whole(report, 'total'), 'module')} would be repaired; nothing was measured or written"
+        return Verdict("open", "dry run", line, _asked(report), notes)
+    told = _of_smoke(report)
+    if not part(report, "output"):
+        return Verdict("bad", "nothing written", told.line, told.under, notes)
+    return replace(told, under=(*_repaired(report), *told.under, *_calibrated(report)), notes=notes)
+
+
+def _repaired(report: Report) -> tuple[str, ...]:
+    """How, and what is left of the update where."""
+    mu, done = number(report, "mu"), whole(report, "repaired")
+    if mu is None:
+        return ()
+    line = f"Repaired {done:,} of {counted(whole(report, 'total'), 'module')} with mu {figure(mu, 4)}"
+    modules = parts(report, "modules")
+    kept = [[value for module in modules if (value := number(module, key)) is not None]
+            for key in ("kept_benign", "kept_harmful")]  # fmt: skip
+    if all(kept):
+        line += f": {percent(median(kept[0]))} of their update is kept on benign inputs"
+        line += f", {percent(median(kept[1]))} where the model refuses (medians)"
+    return (f"{line}.",)
+
+
+def _calibrated(report: Report) -> tuple[str, ...]:
+    """On which other prompts; that the same ones did is among the notes."""
+    prompts = part(report, "prompts")
+    if not part(prompts, "judging"):
+        return ()
+    counts = part(part(prompts, "calibration"), "counts")
+    asked = sum(whole(counts, str(kind)) for kind in counts)
+    unseen = part(part(prompts, "judging"), "unseen_categories")
+    names = sum(len(texts(unseen, str(kind))) for kind in unseen)
+    more = f"; {counted(names, 'category', 'categories')} of those that judge had no part in it" if names else ""
+    return (f"It was calibrated on {counted(asked, 'other prompt')}{more}.",)
+
+
 def _of_run(report: Report) -> Verdict:
     steps = parts(report, "steps")
     bad = [step for step in steps if whole(step, "status")]
@@ -228,5 +268,6 @@ _OF: Mapping[str, Callable[[Report], Verdict]] = {
     "tune": _of_tune,
     "demo": _of_demo,
     "project": _of_project,
+    "repair": _of_repair,
     "run": _of_run,
 }

@@ -22,6 +22,7 @@ Command = Callable[..., Outcome]
 _OF_THE_RUN = ("json", "quiet", "verbose", "force", "dry-run")
 _ENDLESS = (math.inf, -math.inf)
 _MOST_VALUES, _LONGEST_TEXT = 1000, 8192  # of one option; letters of a value
+_WORDS_OR_NUMBERS = {"mu"}  # text on the command line, since it may be auto; a recipe has the number
 _PATHS = {"out", "adapter", "compare"}  # text on the command line, since something may follow: =SCALE, =LABEL, a slash
 
 
@@ -117,6 +118,8 @@ def _value(value: Any, option: Option, step: str) -> Any:
 
 def _item(value: Any, option: Option, step: str) -> Any:
     kind = str if option.kind is Path else option.kind
+    if kind is str and option.name in _WORDS_OR_NUMBERS and type(value) in (int, float):
+        value = str(value)
     if isinstance(value, str) and len(value) > _LONGEST_TEXT:
         raise UsageError(f"[{step}] {option.name} has {len(value)} letters, expected {_LONGEST_TEXT} at most")
     with contextlib.suppress(OverflowError):  # stays what it is, and is refused

@@ -38,6 +38,7 @@ from safelora_gguf.commands.convert_model import convert_model
 from safelora_gguf.commands.extrapolate import extrapolate
 from safelora_gguf.commands.merge import merge
 from safelora_gguf.commands.project import project
+from safelora_gguf.commands.repair import repair
 from safelora_gguf.commands.smoke import smoke
 from safelora_gguf.commands.tune import tune
 from safelora_gguf.recipe.options import Command, Option, checked, options_of, paths_in
@@ -51,6 +52,7 @@ COMMANDS: Mapping[str, Command] = {
     "quantize": convert_model,
     "smoke": smoke,
     "tune": tune,
+    "repair": repair,
 }
 _MAY_STAY = ("extrapolate", "merge")
 _TAKERS = {"merge": "model", "convert-model": "source", "quantize": "source"}

@@ -18,8 +18,11 @@ from safelora_gguf._version import __version__
 from safelora_gguf.projection import random_projection
 from safelora_gguf.smoke.protocol import AdapterChoice
 
-_SAME_A = 0.99
-"""Cosine from which on two A are one but for a factor; storing one as Q8_0 leaves 0.9999."""
+_SAME = 0.99
+"""Cosine from which on two A, or two B, are one but for a factor; storing one as Q8_0 leaves 0.9999."""
+
+_NEARER = 1e-6
+"""Cosines this far apart tell which of A and B was changed."""
 
 _ROUNDING = 0.02
 """Relative difference of two deltas up to which storage types alone can have made it."""
@@ -32,6 +35,7 @@ class Comparison:
     Attributes:
         norm_ratio: total norm of the changed deltas over that of the originals, both at the scale of their run.
         norms: ||B' A'||, unscaled, of the modules whose delta was changed by more than rounding.
+        inward: whether A was changed in one of them, and B left as it was.
         reason: why the one is no changed version of the other, as a verb between the two; None where it is.
     """
 
@@ -39,11 +43,13 @@ class Comparison:
     changed: GgufAdapter
     norm_ratio: float = 0.0
     norms: Mapping[str, float] = field(default_factory=dict)
+    inward: bool = False
     reason: str | None = None
 
 
 def compare_adapters(first: AdapterChoice, second: AdapterChoice) -> Comparison:
-    """What `second` made of `first`: the same modules (or some of them), shapes and A. One pair of each in memory.
+    """What `second` made of `first`: the same modules (or some of them) and shapes, and in each the same A or the same
+    B. One pair of each in memory.
 
     Raises:
         FileMissingError, FormatError, UnsupportedError: a file that is no sound adapter.
@@ -52,6 +58,7 @@ def compare_adapters(first: AdapterChoice, second: AdapterChoice) -> Comparison:
     reason = "can't be compared at a scale of 0 with" if first.scale * second.scale == 0 else _unlike(original, changed)
     norms: dict[str, float] = {}
     before = after = shared = 0.0
+    inward = False
     for module in () if reason else original.pairs:
         found = _compare(original, changed, module)
         if found is None:
@@ -59,10 +66,11 @@ def compare_adapters(first: AdapterChoice, second: AdapterChoice) -> Comparison:
         before, after, shared = before + found.before**2, after + found.after**2, shared + found.shared
         if module in changed.pairs and found.differs:
             norms[module] = found.size
+            inward = inward or found.inward
     if reason is None:
         reason = _trivial(before, after, shared)
     ratio = 0.0 if reason else math.sqrt(after / before) * abs(second.scale / first.scale)
-    return Comparison(original, changed, ratio, norms, reason)
+    return Comparison(original, changed, ratio, norms, inward, reason)
 
 
 def write_random(found: Comparison, model: Path, target: Path, *, seed: int = 0) -> None:
@@ -117,12 +125,14 @@ def _trivial(before: float, after: float, shared: float) -> str | None:
 
 @dataclass(frozen=True)
 class _Pair:
-    """One module's deltas as the files have them: their norms and inner product; `size` is ||B' A'||, unscaled."""
+    """One module's deltas as the files have them: their norms and inner product; `size` is ||B' A'||, unscaled, and
+    `inward` says that B is more alike than A."""
 
     before: float
     after: float
     shared: float
     size: float
+    inward: bool = False
 
     @property
     def differs(self) -> bool:
@@ -132,26 +142,28 @@ class _Pair:
 
 
 def _compare(original: GgufAdapter, changed: GgufAdapter, module: str) -> _Pair | None:
-    """None where A is another one. A module that the changed adapter lacks has a delta of zero."""
+    """None where both A and B are other ones. A module that the changed adapter lacks has a delta of zero."""
     a, b = _loaded(original, module)
     factor = original.pairs[module].scaling
     before = abs(factor) * norm(b, gram(a))
     if module not in changed.pairs:
         return _Pair(before, 0.0, 0.0, 0.0)
     a_new, b_new = _loaded(changed, module)
-    if not _parallel(a, a_new):
+    alike_a, alike_b = _cosine(a, a_new), _cosine(b, b_new)
+    if not max(alike_a, alike_b) >= _SAME:  # nor where they are not finite
         return None
     factor_new = changed.pairs[module].scaling
     size = norm(b_new, gram(a_new))
     across = a.double() @ a_new.double().T
-    return _Pair(before, abs(factor_new) * size, factor * factor_new * inner(b, b_new, across), size)
+    between = factor * factor_new * inner(b, b_new, across)
+    return _Pair(before, abs(factor_new) * size, between, size, alike_b > alike_a + _NEARER)
 
 
-def _parallel(a: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether one is the other times a positive factor, up to rounding; zero is parallel to everything."""
+def _cosine(a: torch.Tensor, other: torch.Tensor) -> float:
+    """1 where one is the other times a positive factor; zero is parallel to everything."""
     x, y = a.double().flatten(), other.double().flatten()
     sizes = float(x.norm() * y.norm())
-    return sizes == 0 or float(x @ y) >= _SAME_A * sizes
+    return 1.0 if sizes == 0 else float(x @ y) / sizes
 
 
 def _subspace_rank(adapter: GgufAdapter) -> int | None:

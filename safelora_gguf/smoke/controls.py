@@ -1,11 +1,13 @@
-"""What keeps a repaired adapter's figures honest: the same loss of size without the method.
+"""What keeps a changed adapter's figures honest: the same change of size without the method.
 
-Given the original adapter and the changed one, with deltas s B A and s' B' A' where A' is A but for a factor:
+Given the original adapter and the changed one, with deltas s B A and s' B' A' where A' is A, or B' is B, but for a
+factor:
 
     plain scaling      the original at the scale that has the changed one's total norm
                        ratio = sqrt(sum ||s' B' A'||^2) / sqrt(sum ||s B A||^2)
     random subspace    in every module whose delta was changed, B on a random subspace of the same rank, brought to the
-                       norm that the change left there
+                       norm that the change left there; none where A was changed (a repair), which moves no output off
+                       any subspace but tells inputs apart
 
 Only what the changed adapter does better than these can be its method's own merit.
 """
@@ -34,6 +36,16 @@ RANDOM_FILE = "random-subspace.gguf"
 CLEAR = 0.05
 """Rates nearer to each other than this are called equal."""
 
+NO_RANDOM = (
+    "There is no random control: A was changed, which tells inputs apart, and a random subspace of the outputs is no "
+    "counterpart of that."
+)
+
+GREW = (
+    "The update became larger, so that scaling to its norm takes nothing away and is no hard control; scales below 1 "
+    "are what `tune` tries."
+)
+
 _LEVEL = 0.05
 
 
@@ -44,18 +56,18 @@ class ControlPlan:
     Attributes:
         original, projected: labels of the runs that they belong to.
         norm_ratio: the changed adapter's total norm over the original's.
-        scaled, random: the runs to be measured.
+        scaled, random: the runs to be measured; no random one where A was changed.
     """
 
     original: str
     projected: str
     norm_ratio: float
     scaled: RunPlan
-    random: RunPlan
+    random: RunPlan | None
 
     @property
     def runs(self) -> tuple[RunPlan, ...]:
-        return self.scaled, self.random
+        return (self.scaled,) if self.random is None else (self.scaled, self.random)
 
 
 def plan_controls(
@@ -79,21 +91,16 @@ def plan_controls(
         return None, f"no controls: {error}"
     if found.reason is not None:
         return None, f"no controls: {changed.label} {found.reason} {original.label}"
+    scaled = RunPlan(SCALED, (AdapterChoice(first.path, first.scale * found.norm_ratio),), "control")
+    if found.inward:
+        return ControlPlan(original.label, changed.label, found.norm_ratio, scaled, None), None
     file = directory / RANDOM_FILE
     try:
         write_random(found, Path(model), file)
     except InputError as error:
         return None, f"no controls: {error}"
-    return (
-        ControlPlan(
-            original.label,
-            changed.label,
-            found.norm_ratio,
-            RunPlan(SCALED, (AdapterChoice(first.path, first.scale * found.norm_ratio),), "control"),
-            RunPlan(RANDOM, (AdapterChoice(str(file), last.scale),), "control"),
-        ),
-        None,
-    )
+    random = RunPlan(RANDOM, (AdapterChoice(str(file), last.scale),), "control")
+    return ControlPlan(original.label, changed.label, found.norm_ratio, scaled, random), None
 
 
 def without_place(run: Run, directory: Path) -> Run:
@@ -112,38 +119,43 @@ def without_place(run: Run, directory: Path) -> Run:
 def controls_report(plan: ControlPlan, runs: Sequence[Run]) -> dict[str, Any]:
     """`controls_entry` of the runs that were planned."""
     by_label = {run.label: run for run in runs}
-    changed, scaled, random = (by_label[label] for label in (plan.projected, SCALED, RANDOM))
-    return controls_entry(changed, scaled, random, plan.norm_ratio, plan.original, whose=plan.original)
+    random = None if plan.random is None else by_label[RANDOM]
+    return controls_entry(
+        by_label[plan.projected], by_label[SCALED], random, plan.norm_ratio, plan.original, whose=plan.original
+    )
 
 
 def controls_entry(
-    changed: Run, scaled: Run, random: Run, norm_ratio: float, original: str, *, whose: str
+    changed: Run, scaled: Run, random: Run | None, norm_ratio: float, original: str, *, whose: str
 ) -> dict[str, Any]:
     """Whether the changed adapter beat its controls, as data and in sentences, from the runs' figures alone.
 
     `beats_scaled` and `beats_random`: True where it is better in one figure at least and worse in none, False where it
     is better in none; None where it is better in one and worse in another, or too few prompts were asked to tell, or
-    not both could be measured.
+    not both could be measured. Without a random control there is no `beats_random`.
 
     Args:
+        random: None where A was changed.
         norm_ratio: the changed adapter's total norm over the original's.
         original: label of the original adapter's run.
         whose: total norm the sentence speaks of.
     """
-    beside_scaled, beside_random = (compare_runs(changed, control, original) for control in (scaled, random))
-    return {
+    beside_scaled = compare_runs(changed, scaled, original)
+    scaling = f"Plain scaling to the same total norm ({norm_ratio:.1%} of {whose}) {beside_scaled.sentence}"
+    entry = {
         "original": original,
         "projected": changed.label,
         "norm_ratio": norm_ratio,
         "scaled": SCALED,
-        "random": RANDOM,
+        "random": None,
         "beats_scaled": beside_scaled.beats,
-        "beats_random": beside_random.beats,
-        "sentences": [
-            f"Plain scaling to the same total norm ({norm_ratio:.1%} of {whose}) {beside_scaled.sentence}",
-            f"A random subspace of the same rank and norm in the same modules {beside_random.sentence}",
-        ],
     }
+    grew = [GREW] if norm_ratio > 1 else []
+    if random is None:
+        return {**entry, "sentences": [scaling, *grew, NO_RANDOM]}
+    beside_random = compare_runs(changed, random, original)
+    drawn = f"A random subspace of the same rank and norm in the same modules {beside_random.sentence}"
+    return {**entry, "random": RANDOM, "beats_random": beside_random.beats, "sentences": [scaling, *grew, drawn]}
 
 
 @dataclass(frozen=True)

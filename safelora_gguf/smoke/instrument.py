@@ -91,7 +91,7 @@ def answered(session: Session, plan: RunPlan, instrument: Instrument, tell: Tell
     prompts = instrument.prompts.prompts
     chats = [ask(prompt.prompt) for prompt in prompts]
     found = session.answers(plan.adapters, chats, refusal=instrument.tokens, tell=tell)
-    return _judged_run(session.file, plan, prompts, found, instrument.panel)
+    return judged_run(session.file, plan, prompts, found, instrument.panel)
 
 
 def score_run(session: Session, plan: RunPlan, instrument: Instrument, tell: Tell | None = None) -> Scored:
@@ -106,7 +106,7 @@ def score_run(session: Session, plan: RunPlan, instrument: Instrument, tell: Tel
     chats = [ask(prompt.prompt) for prompt in prompts]
     found = session.answers(plan.adapters, chats, max_tokens=0, refusal=instrument.tokens, tell=tell)
     panel = Panel((score_judge(instrument.calibration),))
-    run = _judged_run(session.file, plan, prompts, found, panel)
+    run = judged_run(session.file, plan, prompts, found, panel)
     if not run.measured:
         return Scored(None, None, (), run.failure)
     utility, failure = utility_of(session, plan, instrument.references)
@@ -142,7 +142,7 @@ def calibrated(
     if wanted and any(answer is not None for answer in found.answers):
         calibration, found = _calibration(session, plan, prompts.prompts, found)
     panel = panel_of(judges, calibration)
-    return panel, calibration, _judged_run(session.file, plan, prompts.prompts, found, panel)
+    return panel, calibration, judged_run(session.file, plan, prompts.prompts, found, panel)
 
 
 def panel_of(names: Sequence[str], calibration: Calibration | None) -> Panel:
@@ -191,8 +191,9 @@ def _calibration(
     return calibrate(tokens, scores, verdicts), Answered(tuple(answers), found.failure or lost)
 
 
-def _judged_run(model: str, plan: RunPlan, prompts: Sequence[Prompt], found: Answered, panel: Panel) -> Run:
-    """
+def judged_run(model: str, plan: RunPlan, prompts: Sequence[Prompt], found: Answered, panel: Panel) -> Run:
+    """The run that answers make, without utility.
+
     Args:
         model: its file, for messages.
     """

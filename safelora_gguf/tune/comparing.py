@@ -1,6 +1,7 @@
-"""What a search's winner is held against: simpler ways, and the best projection with the controls of its own.
+"""What a search's winner is held against: simpler ways, the best of its kind, and controls.
 
-Whatever wins, the report says whether projecting beat the same loss of size without it.
+The controls are those of a winner that is repaired, else of the best projection: whatever wins, the report says whether
+that method beat the same loss of size without it.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ from safelora_gguf.tune.measuring import ADAPTER, Measuring, figures_of
 EXTRA = 3
 """Measurements with text that comparing takes at most: everything projected, and two controls."""
 
+EXTRA_OF_REPAIR = 1
+"""The same where nothing is projected: one control."""
+
 
 @dataclass(frozen=True)
 class Compared:
     """What stands beside the winner.
 
     Attributes:
-        beside: labels of runs by what they stand for: `winner`, `projection`, `everything`, `scaling`.
+        beside: labels of runs by what they stand for: `winner`, `projection`, `everything`, `repair`, `scaling`.
         runs: theirs, the winner's first.
-        controls: what plain scaling and a random subspace did instead of the best projection; None where nothing was
-            projected.
+        controls: what plain scaling, and for a projection a random subspace, did instead; None where nothing was
+            projected, and no winner repaired.
         control_runs: theirs.
     """
 
@@ -45,7 +49,9 @@ def compare(found: Found, making: Making, measuring: Measuring, goal: Goal) -> t
     """Measures what is missing; what turns out to be better than the winner on the way takes its place."""
     found, everything = _with_everything(found, making, measuring, goal)
     projection = found.best([one for one in found.candidates if making.projects(one)], goal) or everything
-    controls, control_runs = (None, ()) if projection is None else _controls(projection, making, measuring)
+    repair = found.best([one for one in found.candidates if making.repairs(one)], goal)
+    subject = repair if repair is not None and repair == found.winner else projection
+    controls, control_runs = (None, ()) if subject is None else _controls(subject, making, measuring)
     if controls is not None:
         found = _with_scaled(found, making.scaled(controls["norm_ratio"]), control_runs[0], measuring, goal)
     scalings = [one for one in found.candidates if one.line == SCALING]
@@ -53,6 +59,7 @@ def compare(found: Found, making: Making, measuring: Measuring, goal: Goal) -> t
         "winner": found.winner,
         "projection": projection,
         "everything": everything,
+        "repair": repair,
         "scaling": found.best(scalings, goal),
     }
     runs = {name: measuring.runs[one.key] for name, one in beside.items() if one is not None}
@@ -73,19 +80,20 @@ def _with_everything(found: Found, making: Making, measuring: Measuring, goal: G
 
 
 def _controls(
-    projection: Candidate, making: Making, measuring: Measuring
+    subject: Candidate, making: Making, measuring: Measuring
 ) -> tuple[dict[str, Any] | None, tuple[Run, ...]]:
-    """A projection's controls: the adapter scaled to its norm, and a random subspace in its place."""
-    way = making.way(projection)
-    if way.control is None or way.norm_ratio is None or not way.projected:
+    """The adapter scaled to the candidate's norm, and a random subspace in the place of a projection's."""
+    way = making.way(subject)
+    if way.norm_ratio is None or not way.modules:
         return None, ()
-    scaled = _at_scale(making.scaled(way.norm_ratio), projection, making, measuring)
-    random = measuring.as_control(RANDOM, way.control, of=projection.name)
-    own = measuring.runs[projection.key]
-    return controls_entry(own, scaled, random, way.norm_ratio, ADAPTER, whose="the adapter's"), (scaled, random)
+    scaled = _at_scale(making.scaled(way.norm_ratio), subject, making, measuring)
+    random = None if way.control is None else measuring.as_control(RANDOM, way.control, of=subject.name)
+    own = measuring.runs[subject.key]
+    entry = controls_entry(own, scaled, random, way.norm_ratio, ADAPTER, whose="the adapter's")
+    return entry, (scaled,) if random is None else (scaled, random)
 
 
-def _at_scale(same: Candidate, projection: Candidate, making: Making, measuring: Measuring) -> Run:
+def _at_scale(same: Candidate, subject: Candidate, making: Making, measuring: Measuring) -> Run:
     """The adapter at a scale as a control, unless it was measured as a candidate."""
     known = measuring.runs.get(same.key)
     if known is not None:
@@ -93,7 +101,7 @@ def _at_scale(same: Candidate, projection: Candidate, making: Making, measuring:
     scale = making.way(same).scale
     assert scale is not None, "it only scales"
     plan = RunPlan(SCALED, (AdapterChoice(str(measuring.untouched), scale),), "control")
-    return measuring.run(plan, of=projection.name)
+    return measuring.run(plan, of=subject.name)
 
 
 def _with_scaled(found: Found, same: Candidate, run: Run, measuring: Measuring, goal: Goal) -> Found:

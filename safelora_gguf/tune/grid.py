@@ -3,6 +3,7 @@
     paper by number          C B in the modules of smallest cosine, at quantiles of the cosines and the usual threshold
     paper by strength        (1 - s) B + s C B in every module
     subspace rank k by ...   both again, with P_k instead of C
+    repair by mu             another A, for which inputs of harmful prompts count mu times (see `repair_line`)
     scaling                  the whole adapter times a factor, which llama.cpp does by itself: what the others are held
                              against, whatever was asked for
 
@@ -20,7 +21,8 @@ from converters.errors import UsageError
 from safelora_gguf.selection import Selection
 from safelora_gguf.setting import EVERY, Operator, Setting
 from safelora_gguf.tune.found import Candidate, Line
-from safelora_gguf.tune.ways import Scored, Way, way_of
+from safelora_gguf.tune.repair_line import OCTAVES, REPAIR, Repair, Repairing, RepairLine
+from safelora_gguf.tune.ways import Described, Scored, Way, way_of
 
 UNTOUCHED = Setting("scale")
 """The adapter as it is."""
@@ -54,7 +56,7 @@ class GridOptions:
     has its default lines.
 
     Raises:
-        UsageError: a scale that doesn't shrink.
+        UsageError: a scale that doesn't shrink, a mu that weighs nothing.
     """
 
     operators: tuple[Operator, ...] = ()
@@ -63,6 +65,7 @@ class GridOptions:
     numbers: tuple[int, ...] = ()
     strengths: tuple[float, ...] = ()
     scales: tuple[float, ...] = ()
+    mus: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for scale in self.scales:
@@ -71,6 +74,8 @@ class GridOptions:
         for selection in self.selections:
             for strength in self.strengths or (1.0,):
                 Setting("paper", selection=selection, strength=strength)
+        for mu in self.mus:
+            Repair(mu)
         if self.ranks and self.operators and "subspace" not in self.operators:
             raise UsageError("--rank is for --operator subspace")
 
@@ -82,6 +87,12 @@ class GridOptions:
     def selections(self) -> tuple[Selection, ...]:
         thresholds = (Selection("threshold", value) for value in self.thresholds)
         return (*thresholds, *(Selection("number", float(value)) for value in self.numbers))
+
+    @property
+    def repairs(self) -> tuple[Repair, ...]:
+        """By growing mu."""
+        mus = self.mus or (OCTAVES if self.is_default else ())
+        return tuple(Repair(mu) for mu in sorted(set(mus)))
 
     @property
     def asked(self) -> tuple[tuple[Operator, int | None], ...]:
@@ -183,17 +194,20 @@ def _from_scale(scale: float) -> float:
     return round(1 - scale, _DIGITS)
 
 
-def make_lines(options: GridOptions, scored: Scored, outtype: str) -> tuple[SettingLine, ...]:
+def make_lines(
+    options: GridOptions, scored: Scored, outtype: str, repairing: Repairing | None = None
+) -> tuple[CandidateLine, ...]:
     """The grid's lines, those without any candidate left out; the last one is plain scaling.
 
     Args:
         scored: by all that `options.asked` names.
         outtype: of the adapters that are written.
+        repairing: makes what is repaired; None: nothing is.
 
     Raises:
         UsageError: a threshold, number or strength out of its range.
     """
-    lines = []
+    lines: list[SettingLine] = []
     for operator, rank in options.asked:
         cosines = scored.cosines(operator, rank)
         modules = sum(value is not None for value in cosines.values())
@@ -201,19 +215,24 @@ def make_lines(options: GridOptions, scored: Scored, outtype: str) -> tuple[Sett
             line = SettingLine(name, axis, (), scored, modules, outtype)
             ordered = sorted(settings, key=line.position)
             lines.append(replace(line, settings=tuple(dict.fromkeys(ordered))))
-    lines.append(SettingLine(SCALING, "scale", _scalings(options), scored, 0, outtype))
-    return tuple(line for line in lines if line.settings)
+    repairs = () if repairing is None or not options.repairs else (RepairLine(options.repairs, repairing),)
+    scaling = SettingLine(SCALING, "scale", _scalings(options), scored, 0, outtype)
+    return *(line for line in lines if line.settings), *repairs, scaling
 
 
-def planned_lines(options: GridOptions, modules: int) -> tuple[tuple[str, tuple[Setting, ...]], ...]:
+def planned_lines(
+    options: GridOptions, modules: int, *, repair: bool = True
+) -> tuple[tuple[str, tuple[Described, ...]], ...]:
     """Names and settings of the grid's lines, before anything is scored: thresholds choose what nobody knows yet.
 
     Args:
         modules: how many the adapter has.
+        repair: whether it can be repaired.
     """
     asked = [Setting(operator, rank) for operator, rank in options.asked]
     lines = [(name, tuple(settings)) for plain in asked for name, _, settings in _projections(options, plain, modules)]
-    return *lines, (SCALING, _scalings(options))
+    repairs = ((REPAIR, options.repairs),) if repair and options.repairs else ()
+    return *lines, *repairs, (SCALING, _scalings(options))
 
 
 def _scalings(options: GridOptions) -> tuple[Setting, ...]:

@@ -37,6 +37,10 @@ class Making:
         """The adapter with every module projected."""
         return None if self.projection is None else candidate_of(self.projection, self.scored, _EVERYTHING, 1.0)
 
+    def without(self, name: str) -> Making:
+        """The same without a line."""
+        return replace(self, lines=tuple(line for line in self.lines if line.name != name))
+
     def scaled(self, scale: float) -> Candidate:
         """The untouched adapter at a scale."""
         return scaled(scale, self.scored)
@@ -44,7 +48,11 @@ class Making:
     def projects(self, candidate: Candidate) -> bool:
         """Whether it is the adapter with modules projected."""
         way = self.way(candidate)
-        return way.control is not None and way.projected > 0
+        return way.origin == "projection" and way.modules > 0
+
+    def repairs(self, candidate: Candidate) -> bool:
+        """Whether it is the adapter repaired."""
+        return self.way(candidate).origin == "repair"
 
     def way(self, candidate: Candidate) -> Way:
         """How a candidate is made."""

@@ -12,12 +12,13 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from converters.errors import Error
+from converters.errors import Error, LlamaError, UnsupportedError
 from safelora_gguf.smoke.guarding import guarded
-from safelora_gguf.smoke.instrument import Instrument, measure_run, score_run
+from safelora_gguf.smoke.instrument import Instrument, answered, measure_run, score_run
 from safelora_gguf.smoke.judging import score_judge
 from safelora_gguf.smoke.parent.session import Session
 from safelora_gguf.smoke.plan import Guard, Reference, RunPlan
+from safelora_gguf.smoke.prompts import PromptSet
 from safelora_gguf.smoke.protocol import AdapterChoice, Answer
 from safelora_gguf.smoke.runs import Run, Utility
 from safelora_gguf.smoke.utility import record_reference, utility_of, utility_prompts
@@ -79,20 +80,19 @@ class Measuring:
         with self.meter.step(candidate.name, coarse=True):
             if known is not None:
                 return known
-            with self._adapters(candidate) as adapters:
-                found, failure = self._coarse(RunPlan(candidate.name, adapters))
+            found, failure = self._made_and_scored(candidate)
         if failure is not None:
             self.failures.append(failure)
             return Figures("coarse", error=str(failure))
+        if found.error is not None:
+            return found
         self.journal.put("coarse", candidate.name, found.to_json())
         return found
 
     def full(self, candidate: Candidate) -> Figures:
         """By the text of its answers; the run is kept."""
         if candidate.key not in self.runs:
-            known = self.journal.get("run", candidate.name) is not None
-            with contextlib.nullcontext(()) if known else self._adapters(candidate) as adapters:
-                self.runs[candidate.key] = self.run(RunPlan(candidate.name, adapters))
+            self.runs[candidate.key] = self._made_and_run(candidate)
         return figures_of(self.runs[candidate.key])
 
     def run(self, plan: RunPlan, *, of: str | None = None) -> Run:
@@ -108,6 +108,16 @@ class Measuring:
                 return found
             instrument = replace(self.instrument, references=self.references())
             return self.keep(self.judged(measure_run(self.session, plan, instrument, tell)), name)
+
+    def aside(self, label: str, prompts: PromptSet) -> Run:
+        """What the aligned model answers to prompts that judge nothing."""
+        found = run_of(self.journal.get("run", label))
+        if found is not None:
+            return found
+        instrument = replace(self.instrument, prompts=prompts, references=())
+        with self.meter.step(label, prompts=len(prompts.prompts)) as tell:
+            run = answered(self.session, RunPlan(label, (), "model"), instrument, tell)
+            return self.keep(self.judged(run), label)
 
     def keep(self, run: Run, name: str) -> Run:
         """Notes a finished run, or its failure."""
@@ -159,6 +169,24 @@ class Measuring:
             self._references = tuple(found)
         return self._references
 
+    def _made_and_scored(self, candidate: Candidate) -> tuple[Figures, Error | None]:
+        try:
+            with self._adapters(candidate) as adapters:
+                return self._coarse(RunPlan(candidate.name, adapters))
+        except LlamaError as error:  # some take llama.cpp to make
+            return Figures("coarse"), error
+        except UnsupportedError as error:  # and that may not be possible for a model that can be measured
+            return Figures("coarse", error=str(error)), None
+
+    def _made_and_run(self, candidate: Candidate) -> Run:
+        known = self.journal.get("run", candidate.name) is not None
+        try:
+            with contextlib.nullcontext(()) if known else self._adapters(candidate) as adapters:
+                return self.run(RunPlan(candidate.name, adapters))
+        except (LlamaError, UnsupportedError) as error:
+            unasked = len(self.instrument.prompts.prompts)
+            return self.keep(Run(candidate.name, (), (), error, unasked=unasked), candidate.name)
+
     def _coarse(self, plan: RunPlan) -> tuple[Figures, Error | None]:
         beside = tuple(reference for reference in self.references() if reference.label == ADAPTER)
         if not self.by_score:
@@ -175,7 +203,7 @@ class Measuring:
             yield (AdapterChoice(str(self.untouched), way.scale),)
             return
         with self._file(candidate.name) as file:
-            way.write(file)
+            way.draft(file)
             yield (AdapterChoice(str(file)),)
 
     @contextlib.contextmanager

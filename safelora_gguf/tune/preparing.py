@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,18 +15,21 @@ from converters.errors import FormatError, MissingLlamaError, UsageError
 from converters.gguf_shards import read_gguf_headers
 from safelora_gguf.device import resolve_device
 from safelora_gguf.projection_inputs import ProjectionInputs, open_inputs
+from safelora_gguf.repair.inputs import RepairInputs, open_repair_inputs
+from safelora_gguf.repair.making import Method
 from safelora_gguf.setting import Setting
+from safelora_gguf.smoke.asking import Asking
 from safelora_gguf.smoke.guarding import guard_of
 from safelora_gguf.smoke.inputs import check_files, check_judges, check_numbers
 from safelora_gguf.smoke.intervals import prompts_needed
 from safelora_gguf.smoke.plan import GUARD, Guard
 from safelora_gguf.smoke.prompts import PromptSet, load_prompts, split_kind
 from safelora_gguf.smoke.report import Bounds
-from safelora_gguf.tune.asking import Asking
 from safelora_gguf.tune.belonging import check_model
 from safelora_gguf.tune.figures import Goal
 from safelora_gguf.tune.grid import GridOptions
 from safelora_gguf.tune.progress import Progress
+from safelora_gguf.tune.repair_plan import RepairAsked, plan_repair
 from safelora_gguf.tune.report import TuneReport
 from safelora_gguf.tune.running import Place, Wishes
 from safelora_gguf.tune.tuning import Tuning
@@ -77,6 +82,8 @@ def prepare_tuning(
     allow_noisy_reference: bool = False,
     singular_values: int = 0,
     force: bool = False,
+    repair_prompts: Sequence[str | Path] = (),
+    method: Method | None = None,
 ) -> Tuning:
     """Checks everything that a search needs, from headers and prompt files.
 
@@ -89,6 +96,9 @@ def prepare_tuning(
         refine: most candidates that are added to a line of the grid; 0 for none.
         keep_nearest: write the nearest candidate where none reaches the bounds.
         singular_values: how many of every V the report should have at least.
+        repair_prompts: files that repairs are calibrated with; without any a half of the prompts does, which then
+            judges nothing.
+        method: eps, tokens and tail of repairs; the rest of it is as everything else is done.
 
     Raises:
         UsageError: options that make no sense.
@@ -102,7 +112,7 @@ def prepare_tuning(
     prompts = load_prompts(asking.prompts, limit=asking.limit, seed=asking.seed)
     _check_prompts(prompts, bounds)
     options, guard = asking.options(model), _guard(asking, names)
-    reads = _reads(asking, model)
+    reads = _reads([*asking.prompts, *repair_prompts], asking, model)
     refuse_to_overwrite(Path(out), reads)
     if importlib.util.find_spec("llama_cpp") is None:
         raise MissingLlamaError("tuning")
@@ -112,6 +122,12 @@ def prepare_tuning(
     (refuse_to_swallow if isinstance(output, PeftOutput) else refuse_to_overwrite)(output.target, reads)
     check_model(model, inputs)
     everything = Setting(*grid.asked[0]) if grid.asked else None
+    place = Place(out, to, outtype, force)
+    method = replace(method or Method(), seed=asking.seed, outtype=outtype, device=device)
+    asked = RepairAsked(grid, asking, repair_prompts, method)
+    prompts, repair, notes = plan_repair(
+        asked, prompts, bounds, partial(_repairable, model, adapter, dora_rank, place, reads)
+    )
     return Tuning(
         inputs=inputs,
         files=files,
@@ -121,11 +137,26 @@ def prepare_tuning(
         guard=guard,
         grid=grid,
         wishes=Wishes(_goal(bounds, prompts), names, confirm, refine, everything, asking.max_tokens, keep_nearest),
-        place=Place(out, to, outtype, force),
+        place=place,
         output=output,
         scoring=(device, singular_values, allow_noisy_reference),
         dora_rank=dora_rank,
+        repair=repair,
+        notes=notes,
     )
+
+
+def _repairable(
+    model: str | Path, adapter: str | Path, dora_rank: int | None, place: Place, reads: Sequence[Path]
+) -> RepairInputs:
+    """What a repair reads, once it is known that the output can hold it.
+
+    Raises:
+        InputError: it can't be made of this adapter, on this model, or written there.
+    """
+    inputs = open_repair_inputs(model, adapter, dora_rank=dora_rank)
+    inputs.plan(place.out, outtype=place.outtype, to=place.to, force=place.force, reads=reads)
+    return inputs
 
 
 def _goal(bounds: Bounds, prompts: PromptSet) -> Goal:
@@ -135,13 +166,13 @@ def _goal(bounds: Bounds, prompts: PromptSet) -> Goal:
     return Goal(bounds, "task_rate" if tasks else "top1", harmless)
 
 
-def _reads(asking: Asking, model: str | Path) -> list[Path]:
+def _reads(prompts: Sequence[str | Path], asking: Asking, model: str | Path) -> list[Path]:
     """What is read beside the adapter and its references, which the output must not replace."""
     models = [one for one in (model, asking.judge_model) if one is not None]
     shards = [header.path for one in models for header in read_gguf_headers(one, "GGUF model")]
     templates = [Path(asking.template)] if asking.template is not None else []
-    prompts = [split_kind(file)[0] for file in asking.prompts]
-    return [*shards, *prompts, *(one for one in templates if one.is_file())]
+    files = [split_kind(file)[0] for file in prompts]
+    return [*shards, *files, *(one for one in templates if one.is_file())]
 
 
 def _check_numbers(grid: GridOptions, inputs: ProjectionInputs) -> None:

@@ -29,10 +29,14 @@ class Meter:
     _texts: int = 0
 
     @contextlib.contextmanager
-    def step(self, label: str, *, coarse: bool = False) -> Iterator[Callable[[int], None]]:
-        """One measurement; gives what is to be told the number of its prompts that are done."""
-        size = self.coarse if coarse else self.full
-        if not coarse and self.texts:
+    def step(self, label: str, *, coarse: bool = False, prompts: int | None = None) -> Iterator[Callable[[int], None]]:
+        """One measurement; gives what is to be told the number of its prompts that are done.
+
+        Args:
+            prompts: how many, where it is none of the measurements that are counted.
+        """
+        size = prompts if prompts is not None else self.coarse if coarse else self.full
+        if not coarse and prompts is None and self.texts:
             self._texts += 1
             label = f"{label} ({self._texts} of at most {max(self.texts, self._texts)})"
 
@@ -42,6 +46,10 @@ class Meter:
         tell(0)
         yield tell
         self._done += size
+        self._report(self._done, label)
+
+    def say(self, label: str) -> None:
+        """Something is done that is no measurement."""
         self._report(self._done, label)
 
     def finish(self) -> None:

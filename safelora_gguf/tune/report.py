@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from converters.errors import Error
 from safelora_gguf._version import __version__
-from safelora_gguf.report import InputReport, OutputReport, ProjectReport, output_entry
-from safelora_gguf.setting import Setting
+from safelora_gguf.repair.report import PromptHalf
+from safelora_gguf.report import InputReport, OutputReport, output_entry
 from safelora_gguf.smoke.comparison import Flips, all_flips
 from safelora_gguf.smoke.confidence import Confidence, confidence_of
 from safelora_gguf.smoke.report import Bounds, PromptSummary, Verdict
 from safelora_gguf.smoke.runs import Run
 from safelora_gguf.tune.figures import Figures, Goal, UtilityName
 from safelora_gguf.tune.found import Candidate, Found
-from safelora_gguf.tune.ways import Way
+from safelora_gguf.tune.ways import Command, Described, Origin, Way, Written
 
 
 @dataclass(frozen=True)
@@ -26,24 +25,26 @@ class CandidateReport:
 
     Attributes:
         same_as: the name of one before it that is the same adapter, which was measured for both.
+        changed: how many modules are projected or repaired, each by itself.
         total: how many modules the adapter has.
         figures: the dearest that were measured; None where nothing was.
         coarse: what the coarse pass said, where the full one measured it, too.
-        command: options of `project` that make it; None where no projection does.
+        command: makes it, too; None where only a scale at run time does.
     """
 
     name: str
     line: str
+    origin: Origin
     setting: Mapping[str, Any]
     same_as: str | None
-    projected: int
+    changed: int
     total: int
     norm_ratio: float | None
     figures: Figures | None
     coarse: Figures | None
     utility: float | None
     reaches: bool
-    command: tuple[str, ...] | None
+    command: Command | None
 
     def to_json(self) -> dict[str, Any]:
         shown = self.figures or Figures("coarse")
@@ -53,7 +54,8 @@ class CandidateReport:
             "line": self.line,
             "setting": dict(self.setting),
             "same_as": self.same_as,
-            "projected": self.projected,
+            "projected": self.changed if self.origin == "projection" else 0,
+            "repaired": self.changed if self.origin == "repair" else 0,
             "total": self.total,
             "norm_ratio": self.norm_ratio,
             "stage": None if self.figures is None else shown.stage,
@@ -83,8 +85,8 @@ class Tuned:
         runs: the aligned model, the adapter, the chosen or nearest candidate, and what it is compared with.
         chosen: the best that reaches the bounds, which was written.
         nearest: where none does, the one that misses them by least.
-        project: the report on writing the chosen or nearest one.
-        controls: of the best projection, whether or not it won.
+        written: the report on writing the chosen or nearest one.
+        controls: of a winner that is repaired; else of the best projection, whether or not it won.
         beside: what was measured fully, by what it stands for (see `comparing`): label of its run.
     """
 
@@ -93,7 +95,7 @@ class Tuned:
     candidates: tuple[CandidateReport, ...]
     chosen: CandidateReport | None
     nearest: CandidateReport | None
-    project: ProjectReport | None
+    written: Written | None
     output: OutputReport | None
     failure: Error | None
     controls: Mapping[str, Any] | None = None
@@ -116,7 +118,7 @@ class Planned:
     texts: int
     first_tokens: int
     prompts: int
-    lines: tuple[tuple[str, tuple[Setting, ...]], ...]
+    lines: tuple[tuple[str, tuple[Described, ...]], ...]
 
     def to_json(self) -> dict[str, Any]:
         candidates = [{"name": setting.name, "line": line, "setting": setting.to_json()}
@@ -135,6 +137,7 @@ class TuneReport:
         planned_output: where the chosen adapter goes, and its size in bytes.
         plan: what is measured at most.
         tuned: None after a dry run.
+        calibration, judging: what repair is calibrated with and what judges; None where nothing is repaired.
     """
 
     goal: Goal
@@ -145,6 +148,8 @@ class TuneReport:
     plan: Planned
     tuned: Tuned | None = None
     notes: tuple[str, ...] = ()
+    calibration: PromptHalf | None = None
+    judging: PromptHalf | None = None
 
     @property
     def bounds(self) -> Bounds:
@@ -179,9 +184,7 @@ class TuneReport:
         nearest = None if self.tuned is None else self.tuned.nearest
         if nearest is None or nearest.command is None:
             return None
-        given = {item.role: item.path for item in self.inputs}
-        paths = [word for role in ("base", "aligned", "adapter") for word in (f"--{role}", given[role])]
-        return shlex.join(["safelora-gguf", "project", *paths, *nearest.command, "--out", self.planned_output[0]])
+        return nearest.command.line({item.role: item.path for item in self.inputs}, self.planned_output[0])
 
     @property
     def flips(self) -> tuple[Flips, ...]:
@@ -200,6 +203,7 @@ class TuneReport:
             "bounds": self.bounds.to_json(),
             "settings": dict(self.settings),
             "prompts": asdict(self.prompts),
+            "repair_prompts": self._repair_prompts(),
             "utility_is": self.utility_is,
             "notes": [*self.notes, *(self.tuned.notes if self.tuned is not None else ())],
         }
@@ -208,6 +212,12 @@ class TuneReport:
         told |= _tuned_json(self.tuned) | self._deciding_json()
         told |= {} if self.tuned.output is None else {"output": self.tuned.output.to_json()}
         return told if self.failure is None else {**told, "error": self.failure.to_json()}
+
+    def _repair_prompts(self) -> dict[str, Any] | None:
+        """Those that repair is calibrated with, and those that judge, as `repair` tells them."""
+        if self.calibration is None or self.judging is None:
+            return None
+        return {"calibration": self.calibration.to_json(), "judging": self.judging.to_json()}
 
     def _deciding_json(self) -> dict[str, Any]:
         return {
@@ -220,9 +230,11 @@ class TuneReport:
 
 
 def _tuned_json(tuned: Tuned) -> dict[str, Any]:
-    project = None if tuned.project is None else tuned.project.to_json()
-    if project is not None and tuned.output is None:
-        project.pop("output", None)  # it was made, measured and taken away
+    winner = tuned.chosen or tuned.nearest
+    written = None if tuned.written is None else tuned.written.to_json()
+    if written is not None and tuned.output is None:
+        written.pop("output", None)  # it was made, measured and taken away
+    repaired = winner is not None and winner.origin == "repair"
     return {
         "judge": tuned.judges[0],
         "judges": list(tuned.judges),
@@ -233,7 +245,8 @@ def _tuned_json(tuned: Tuned) -> dict[str, Any]:
         "chosen": None if tuned.chosen is None else tuned.chosen.to_json(),
         "nearest": None if tuned.nearest is None else tuned.nearest.to_json(),
         "beside": dict(tuned.beside),
-        "project": project,
+        "project": None if repaired else written,
+        "repair": written if repaired else None,
     }
 
 
@@ -248,14 +261,15 @@ def report_candidate(candidate: Candidate, found: Found, way: Way, total: int, g
     return CandidateReport(
         name=candidate.name,
         line=candidate.line,
+        origin=way.origin,
         setting=way.setting,
         same_as=None if same is None else same.name,
-        projected=way.projected,
+        changed=way.modules,
         total=total,
         norm_ratio=way.norm_ratio,
         figures=figures,
         coarse=found.coarse.get(candidate.key) if full else None,
         utility=None if figures is None else figures.utility(goal.utility_is),
         reaches=full and figures is not None and goal.reaches(figures),
-        command=way.options,
+        command=way.command,
     )

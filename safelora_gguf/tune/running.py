@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from converters.adapters.output import Fact
-from safelora_gguf.report import ProjectReport
+from converters.errors import Error
 from safelora_gguf.setting import Setting
 from safelora_gguf.smoke.guarding import guard_notes
 from safelora_gguf.smoke.notes import notes_on, unasked_notes, utility_note
@@ -16,13 +16,15 @@ from safelora_gguf.smoke.protocol import AdapterChoice
 from safelora_gguf.smoke.runs import Run
 from safelora_gguf.tune.calibrating import calibrate
 from safelora_gguf.tune.comparing import compare
-from safelora_gguf.tune.figures import Disagreement, Goal
+from safelora_gguf.tune.figures import Disagreement, Figures, Goal
 from safelora_gguf.tune.found import Candidate, Found
 from safelora_gguf.tune.grid import SCALING
 from safelora_gguf.tune.making import Making
 from safelora_gguf.tune.measuring import ADAPTER, ALIGNED, Measuring, figures_of
+from safelora_gguf.tune.repair_line import REPAIR
 from safelora_gguf.tune.report import CandidateReport, Tuned, report_candidate
 from safelora_gguf.tune.search import search
+from safelora_gguf.tune.ways import Written
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,34 @@ class Place:
     force: bool
 
 
+class Prepared(Protocol):
+    """What must be seen to before candidates are repaired; see `repairing.Repairer`."""
+
+    def prepare(self, measuring: Measuring) -> str | None:
+        """Why nothing can be repaired; None where something can."""
+
+    @property
+    def failure(self) -> Error | None:
+        """Why none could be made after all."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a careful reader should know of how it went."""
+
+
 @dataclass
 class Course:
-    """One search on its way."""
+    """One search on its way.
+
+    Attributes:
+        repairing: None where no candidate is repaired.
+    """
 
     wishes: Wishes
     place: Place
     making: Making
     measuring: Measuring
+    repairing: Prepared | None = None
     notes: list[str] = field(default_factory=list)
 
     def run(self, facts: Mapping[str, Fact]) -> Tuned:
@@ -80,6 +102,7 @@ class Course:
         if self.measuring.full(untouched).error is not None or self._nothing_to_restore(aligned):
             return self._ended((aligned, self.measuring.runs[untouched.key]), entry)
         runs = aligned, self.measuring.runs[untouched.key]
+        self._prepare_repair(figures_of(runs[1]))
         found = search(
             untouched,
             self.making.lines,
@@ -90,7 +113,25 @@ class Course:
             yardstick=SCALING,
             apart=self._apart(runs),
         )
-        return self._finish(found, runs, entry, facts)
+        return self._finish(self._made(found), runs, entry, facts)
+
+    def _prepare_repair(self, untouched: Figures) -> None:
+        """Leaves out the line of repairs where there can be none; asks nothing where nothing is searched."""
+        if self.repairing is None or self.wishes.goal.reaches(untouched):
+            return
+        reason = self.repairing.prepare(self.measuring)
+        if reason is not None:
+            self.notes.append(reason)
+            self.making = self.making.without(REPAIR)
+            self.measuring.way = self.making.way
+
+    def _made(self, found: Found) -> Found:
+        """Without the repairs that could not be made, of which a note tells once."""
+        if self.repairing is None or self.repairing.failure is None:
+            return found
+        broken = {one.key for one in found.candidates
+                  if one.line == REPAIR and (figures := found.figures(one)) is not None and figures.error}  # fmt: skip
+        return replace(found, candidates=tuple(one for one in found.candidates if one.key not in broken))
 
     def _apart(self, runs: Sequence[Run]) -> Disagreement:
         """By how much first tokens and text differ, as far as the first runs tell."""
@@ -122,7 +163,7 @@ class Course:
             candidates=(),
             chosen=None,
             nearest=None,
-            project=None,
+            written=None,
             output=None,
             failure=next(iter(self.measuring.failures), None),
             calibration=entry,
@@ -135,18 +176,18 @@ class Course:
         found, compared = compare(found, self.making, self.measuring, self.wishes.goal)
         self._say_what_is_open(found)
         winner = found.winner
-        project = None if winner is None else self._write(found, winner, facts)
-        written = found.chosen is not None or self.wishes.keep_nearest
+        written = None if winner is None else self._write(found, winner, facts)
+        kept = written if found.chosen is not None or self.wishes.keep_nearest else None
         told = [self._report(candidate, found) for candidate in found.candidates]
-        shown = self._shown((*runs, *compared.runs, *compared.control_runs), winner, project if written else None)
+        shown = self._shown((*runs, *compared.runs, *compared.control_runs), winner, kept)
         return Tuned(
             judges=self._judges(),
             runs=shown,
             candidates=tuple(told),
             chosen=None if found.chosen is None else self._report(found.chosen, found),
             nearest=None if found.nearest is None else self._report(found.nearest, found),
-            project=project,
-            output=project.output if project is not None and written else None,
+            written=written,
+            output=None if kept is None else kept.output,
             failure=next(iter(self.measuring.failures), None),
             controls=compared.controls,
             calibration=entry,
@@ -168,7 +209,7 @@ class Course:
                 f"refused on {len(found.open_lines)} of the lines ({lines}); up to {found.missing} more would tell"
             )
 
-    def _write(self, found: Found, winner: Candidate, facts: Mapping[str, Fact]) -> ProjectReport:
+    def _write(self, found: Found, winner: Candidate, facts: Mapping[str, Fact]) -> Written:
         """The chosen candidate as the output; the nearest too where it is wanted, else only to report on it."""
         way, figures = self.making.way(winner), found.full[winner.key]
         measured = {
@@ -184,7 +225,7 @@ class Course:
             return way.write(Path(place.out), to=place.to, force=place.force, facts={**facts, **known})
         return way.write(self.measuring.scratch / "nearest.gguf")
 
-    def _shown(self, runs: Sequence[Run], winner: Candidate | None, written: ProjectReport | None) -> tuple[Run, ...]:
+    def _shown(self, runs: Sequence[Run], winner: Candidate | None, written: Written | None) -> tuple[Run, ...]:
         """The runs of the report; what was only tried has no file any more, and is named without a directory."""
         shown = {run.label: run for run in runs}
         label = None if winner is None else self.measuring.runs[winner.key].label
@@ -205,7 +246,7 @@ class Course:
         return (guard.name, *names) if guard.deciding else (*names, guard.name)
 
     def _notes(self, runs: Sequence[Run]) -> tuple[str, ...]:
-        measuring, notes = self.measuring, list(self.notes)
+        measuring, notes = self.measuring, [*self.notes, *(self.repairing.notes if self.repairing else ())]
         calibration = measuring.instrument.calibration
         notes += [*measuring.session.notes, *measuring.notes, *(calibration.notes if calibration else ())]
         if calibration is not None and not measuring.by_score:

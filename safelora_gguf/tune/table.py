@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.table import Table
 
 from safelora_gguf.smoke.runs import Run
@@ -47,11 +49,11 @@ def _row(candidate: CandidateReport, *, marked: bool) -> tuple[str, ...]:
     figures = candidate.figures
     assert figures is not None, "it was measured"
     ends = figures.intervals
-    scaled = candidate.command is None
+    scaled = candidate.origin == "scaling"
     return (
         "*" if marked else "",
         printable(candidate.name),
-        "-" if scaled else f"{candidate.projected}/{candidate.total}",
+        "-" if scaled else f"{candidate.changed}/{candidate.total}",
         number(candidate.norm_ratio, ".1%"),
         "failed" if figures.error else rate_with_interval(figures.refusal_rate, ends["refusal"]),
         "-" if figures.error else rate_with_interval(figures.over_refusal_rate, ends["over_refusal"]),
@@ -89,7 +91,20 @@ def _tried(report: TuneReport, tuned: Tuned) -> list[str]:
     full = sum(figures.stage == "full" for figures in tried)
     judges = ", ".join(tuned.judges)
     asked = f"prompts: {printable(report.prompts.name)} {report.prompts.version}; judge: {printable(judges)}"
-    return [f"{len(tried)} different adapters tried, {full} of them with text", asked] if full else [asked]
+    told = [f"{len(tried)} different adapters tried, {full} of them with text"] if full else []
+    return [*told, asked, *_calibrated(report)]
+
+
+def _calibrated(report: TuneReport) -> list[str]:
+    """Which prompts repair is calibrated with, where anything can be repaired."""
+    found = report.calibration
+    if found is None:
+        return []
+    return [f"repair is calibrated with: {printable(found.name)} {found.version} ({_counts(found.counts)})"]
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
 
 
 def _winner(report: TuneReport, tuned: Tuned) -> list[str]:
@@ -121,6 +136,7 @@ def _beside(report: TuneReport, tuned: Tuned) -> list[str]:
     names = {
         "projection": "the best projection",
         "everything": "projecting everything",
+        "repair": "the best repair",
         "scaling": "the best plain scaling",
     }
     by_label, own = {run.label: run for run in tuned.runs}, tuned.beside.get("winner")
@@ -132,8 +148,9 @@ def _beside(report: TuneReport, tuned: Tuned) -> list[str]:
         if label is not None and label not in told:
             lines.append(f"{name} ({printable(label)}) {_figures(report, by_label[label])}")
             told.add(label)
-    if own is not None and own == tuned.beside.get("scaling") and "projection" in tuned.beside:
-        lines.append("plain scaling does best here: no projection that was tried keeps more")
+    others = [what for what in ("projection", "repair") if what in tuned.beside]
+    if own is not None and own == tuned.beside.get("scaling") and others:
+        lines.append(f"plain scaling does best here: no {' or '.join(others)} that was tried keeps more")
     return lines
 
 
@@ -157,8 +174,10 @@ def _written(report: TuneReport, tuned: Tuned) -> list[str]:
     if tuned.nearest is None:
         return ["nothing was written"]
     lines = ["nothing was written; --keep-nearest writes the nearest candidate"]
-    if report.nearest_command:
-        return [*lines, f"or make it: {printable(report.nearest_command)}"]
+    command = tuned.nearest.command
+    if command is not None:
+        it = "it" if command.exact else "one like it, calibrated otherwise"
+        return [*lines, f"or make {it}: {printable(report.nearest_command or '')}"]
     scale = tuned.nearest.setting.get("scale")
     if scale in (None, 1.0):
         return lines
@@ -167,11 +186,11 @@ def _written(report: TuneReport, tuned: Tuned) -> list[str]:
 
 def _planned(report: TuneReport) -> list[str]:
     """What a dry run tells."""
-    counts = ", ".join(f"{count} {kind}" for kind, count in report.prompts.counts.items() if count)
     (place, size), plan = report.planned_output, report.plan
     return [
         *(f"note: {printable(note)}" for note in report.notes),
-        f"prompts: {printable(report.prompts.name)} {report.prompts.version} ({counts})",
+        f"prompts: {printable(report.prompts.name)} {report.prompts.version} ({_counts(report.prompts.counts)})",
+        *_calibrated(report),
         *(f"{printable(line)}: {', '.join(printable(one.name) for one in settings)}" for line, settings in plan.lines),
         f"at most {plan.texts} adapters would be measured with text ({plan.prompts} prompts each), and "
         f"{plan.first_tokens} by first tokens",

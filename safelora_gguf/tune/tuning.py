@@ -18,6 +18,8 @@ from safelora_gguf._version import __version__
 from safelora_gguf.candidates import ScoredAdapter, score_inputs
 from safelora_gguf.device import resolve_device
 from safelora_gguf.projection_inputs import ProjectionInputs
+from safelora_gguf.scratch import scratch_beside
+from safelora_gguf.smoke.asking import Asking
 from safelora_gguf.smoke.inputs import CheckedFiles
 from safelora_gguf.smoke.instrument import Instrument
 from safelora_gguf.smoke.judging import KEYWORD, Panel
@@ -28,16 +30,16 @@ from safelora_gguf.smoke.prompts import PromptSet
 from safelora_gguf.smoke.protocol import ModelOptions
 from safelora_gguf.smoke.report import PromptSummary
 from safelora_gguf.tune import comparing, search
-from safelora_gguf.tune.asking import Asking
 from safelora_gguf.tune.belonging import check_runs_on
 from safelora_gguf.tune.grid import UNTOUCHED, GridOptions, make_lines, planned_lines
 from safelora_gguf.tune.journal import Journal
 from safelora_gguf.tune.making import Making
 from safelora_gguf.tune.measuring import Measuring
 from safelora_gguf.tune.progress import Meter, Progress
+from safelora_gguf.tune.repair_plan import RepairPlan
+from safelora_gguf.tune.repairing import Repairer
 from safelora_gguf.tune.report import Planned, Tuned, TuneReport
 from safelora_gguf.tune.running import Course, Place, Wishes
-from safelora_gguf.tune.scratch import scratch_beside
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Tuning:
     Attributes:
         output: where the result goes.
         scoring: how the references are read: device, singular values of V to report, whether noise is allowed.
+        repair: what repaired candidates need; None where there are none.
+        notes: on the prompts, and on what was left out.
     """
 
     inputs: ProjectionInputs
@@ -61,6 +65,8 @@ class Tuning:
     output: AdapterOutput
     scoring: tuple[str, int, bool]
     dora_rank: int | None = None
+    repair: RepairPlan | None = None
+    notes: tuple[str, ...] = ()
     command: Sequence[str] = CHILD_COMMAND
 
     def planned(self) -> TuneReport:
@@ -71,11 +77,12 @@ class Tuning:
     def plan(self) -> Planned:
         """What the search asks at most: the aligned model, the adapter and what is compared with come to the search's
         own measurements."""
-        lines = planned_lines(self.grid, len(self.inputs.triples))
+        lines = planned_lines(self.grid, len(self.inputs.triples), repair=self.repair is not None)
         grid, added = sum(len(settings) for _, settings in lines), self.wishes.refine * (len(lines) - 1)
-        projections = sum(len(settings) for _, settings in lines[:-1])
-        confirm = min(self.wishes.confirm, projections + 2 * added)
-        texts = 2 + confirm + search.YARDSTICK_STEPS + (comparing.EXTRA if projections else 0)
+        others = sum(len(settings) for _, settings in lines[:-1])
+        confirm = min(self.wishes.confirm, others + 2 * added)
+        extra = comparing.EXTRA if self.grid.asked else comparing.EXTRA_OF_REPAIR if others else 0
+        texts = 2 + confirm + search.YARDSTICK_STEPS + extra
         steps = search.YARDSTICK_STEPS if self.wishes.refine else 0
         return Planned(texts, grid + 2 * added + steps, len(self.prompts.prompts), lines)
 
@@ -105,12 +112,14 @@ class Tuning:
             WriteError, OutputPathError: see `converters.atomic`.
         """
         target = self.output.target
-        with scratch_beside(target) as scratch, self._sessions() as (session, guard):
+        with scratch_beside(target, "tune") as scratch, self._sessions() as (session, guard):
             untouched = scratch / "adapter.gguf"
             scored.write(UNTOUCHED, untouched, outtype=self.place.outtype)
             check_runs_on(untouched, self.options.model, self.inputs)
             journal = Journal(target.with_name(f".{target.name}.tune.jsonl"), self._key())
-            lines = make_lines(self.grid, scored, self.place.outtype)
+            meter = self._meter(progress)
+            repairer = None if self.repair is None else Repairer(self.repair, session, untouched, journal, meter)
+            lines = make_lines(self.grid, scored, self.place.outtype, repairer)
             making = Making(lines, scored, self.place.outtype, self.wishes.everything)
             measuring = Measuring(
                 session=session,
@@ -118,11 +127,11 @@ class Tuning:
                 untouched=untouched,
                 way=making.way,
                 journal=journal,
-                meter=self._meter(progress),
+                meter=meter,
                 guard=None if guard is None or self.guard is None else (guard, self.guard),
             )
-            tuned = Course(self.wishes, self.place, making, measuring).run(self._facts())
-            measuring.meter.finish()
+            tuned = Course(self.wishes, self.place, making, measuring, repairer).run(self._facts())
+            meter.finish()
             journal.remove()
         foreign = f"{journal.path} was begun with other inputs or settings, and was not used"
         return self._report((foreign,) if journal.foreign else (), tuned)
@@ -130,7 +139,9 @@ class Tuning:
     def _meter(self, progress: Progress | None) -> Meter:
         plan = self.plan
         coarse = plan.prompts - self.prompts.counts["task"]
-        return Meter(progress, plan.prompts, coarse, plan.texts * plan.prompts + plan.first_tokens * coarse, plan.texts)
+        expected = plan.texts * plan.prompts + plan.first_tokens * coarse
+        expected += 0 if self.repair is None else self.repair.calibration.counts["harmful"]
+        return Meter(progress, plan.prompts, coarse, expected, plan.texts)
 
     @contextlib.contextmanager
     def _sessions(self) -> Iterator[tuple[Session, Session | None]]:
@@ -144,6 +155,7 @@ class Tuning:
             yield session, guard
 
     def _report(self, notes: tuple[str, ...], tuned: Tuned | None = None) -> TuneReport:
+        calibration, judging = (None, None) if self.repair is None else self.repair.halves
         return TuneReport(
             goal=self.wishes.goal,
             prompts=PromptSummary(self.prompts.name, self.prompts.version, self.prompts.counts),
@@ -152,7 +164,9 @@ class Tuning:
             planned_output=(str(self.output.target), self.output.planned_bytes()),
             plan=self.plan,
             tuned=tuned,
-            notes=(*self.files.notes, *self.prompts.notes, *self._dora_notes(), *notes),
+            notes=(*self.files.notes, *self.prompts.notes, *self.notes, *self._dora_notes(), *notes),
+            calibration=calibration,
+            judging=judging,
         )
 
     def _dora_notes(self) -> tuple[str, ...]:
@@ -164,17 +178,13 @@ class Tuning:
         )
 
     def _settings(self) -> dict[str, Any]:
-        own = {key: value for key, value in asdict(self.options).items() if key not in ("model", "prompt_seconds")}
-        template = self.asking.template
-        return own | {
-            "template": None if template is None else str(template),
-            "time_limit": self.asking.time_limit,
-            "limit": self.asking.limit,
-            "seed": self.asking.seed,
+        repair = {} if self.repair is None else {"repair": self.repair.settings}
+        return self.asking.settings(self.options) | {
             "outtype": self.place.outtype,
             "grid": self.grid.to_json(),
             "confirm": self.wishes.confirm,
             "refine": self.wishes.refine,
+            **repair,
         }
 
     def _key(self) -> str:
@@ -190,6 +200,7 @@ class Tuning:
             "outtype": self.place.outtype,
             "device": self.scoring[0],
         }
+        facts |= {} if self.repair is None else {"repair": self.repair.key}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _facts(self) -> dict[str, Fact]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from converters.adapters.output import Fact
-from safelora_gguf.report import ProjectReport
+from safelora_gguf.report import OutputReport, ProjectReport
 from safelora_gguf.setting import Operator, Setting
+
+Origin = Literal["projection", "repair", "scaling"]
 
 
 class Scored(Protocol):
@@ -40,6 +43,24 @@ class Scored(Protocol):
     def write_random(self, setting: Setting, target: Path, *, outtype: str) -> ProjectReport: ...
 
 
+class Described(Protocol):
+    """What makes a candidate, in words and as data; see `setting.Setting`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class Written(Protocol):
+    """What is told of an adapter that was written, in the form that its own command tells it."""
+
+    @property
+    def output(self) -> OutputReport | None: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
 class Write(Protocol):
     """Makes an adapter; see `candidates.ScoredAdapter.write`."""
 
@@ -50,7 +71,32 @@ class Write(Protocol):
         to: Literal["gguf", "peft"] | None = None,
         force: bool = False,
         facts: Mapping[str, Fact] | None = None,
-    ) -> ProjectReport: ...
+    ) -> Written: ...
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of ours that makes a candidate.
+
+    Attributes:
+        roles: of the inputs that it takes, each as an option of that name.
+        options: the rest, without the output.
+        exact: whether it makes the same adapter; else one like it, calibrated otherwise.
+    """
+
+    name: str
+    roles: tuple[str, ...]
+    options: tuple[str, ...]
+    exact: bool = True
+
+    def line(self, paths: Mapping[str, str], out: str) -> str:
+        """As it is typed.
+
+        Args:
+            paths: of the inputs, by role.
+        """
+        inputs = [word for role in self.roles for word in (f"--{role}", paths[role])]
+        return shlex.join(["safelora-gguf", self.name, *inputs, *self.options, "--out", out])
 
 
 @dataclass(frozen=True)
@@ -59,21 +105,24 @@ class Way:
 
     Attributes:
         setting: what reports say of it.
-        options: the options of `project` that make it; None where that command can't.
+        command: makes it, too; None where only a scale at run time does.
         scale: of the untouched adapter at run time, if that is all that it takes; else it is written.
-        projected: how many modules a projection changes.
+        modules: how many are projected or repaired, each by itself.
         norm_ratio: its total norm over the untouched adapter's; None where that is not known before it is written.
         write: makes it.
+        draft: makes it for no more than being measured.
         control: makes the same with a random subspace; None where no subspace is involved.
     """
 
+    origin: Origin
     setting: Mapping[str, Any]
-    options: tuple[str, ...] | None
+    command: Command | None
     scale: float | None
-    projected: int
+    modules: int
     norm_ratio: float | None
     write: Write
-    control: Callable[[Path], ProjectReport] | None
+    draft: Callable[[Path], object]
+    control: Callable[[Path], object] | None
 
 
 def way_of(setting: Setting, scored: Scored, outtype: str) -> Way:
@@ -93,12 +142,14 @@ def way_of(setting: Setting, scored: Scored, outtype: str) -> Way:
         return scored.write_random(setting, target, outtype=outtype)
 
     return Way(
+        origin="scaling" if scales else "projection",
         setting=setting.to_json(),
-        options=None if scales else _options(setting),
+        command=None if scales else Command("project", ("base", "aligned", "adapter"), _options(setting)),
         scale=setting.scale if scales else None,
-        projected=len(scored.chosen(setting)),
+        modules=len(scored.chosen(setting)),
         norm_ratio=scored.norm_ratio(setting),
         write=write,
+        draft=write,
         control=None if scales else control,
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from html_outline import outline
-from html_reports import HOSTILE, Report, hostile_report, project_report, smoke_report, tune_report
+from html_reports import HOSTILE, Report, hostile_report, project_report, repair_report, smoke_report, tune_report
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +34,8 @@ OTHERS: list[Report] = [
     {"command": "something new", "version": "9", "answer": 42, "table": [{"a": 1}], "nothing": None},
     {},
 ]  # fmt: skip
-REPORTS = [smoke_report(each=16), tune_report(), tune_report(reached=False), project_report(layers=3), *OTHERS]
+REPORTS = [smoke_report(each=16), tune_report(), tune_report(reached=False), project_report(layers=3),
+           repair_report(), repair_report(halves=False), *OTHERS]  # fmt: skip
 
 
 @pytest.mark.parametrize("report", REPORTS, ids=lambda report: str(report.get("command")))
@@ -140,7 +141,7 @@ def without(report: Report, place: tuple[Any, ...], *junk: Any) -> Report:
     return changed
 
 
-SMALL = [smoke_report(each=4), tune_report(), project_report(layers=1)]
+SMALL = [smoke_report(each=4), tune_report(), project_report(layers=1), repair_report()]
 
 
 @pytest.mark.parametrize("report", SMALL, ids=lambda report: str(report["command"]))

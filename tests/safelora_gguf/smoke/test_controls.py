@@ -19,6 +19,7 @@ from safelora_gguf.smoke.controls import (
     SCALED,
     Gain,
     compare_runs,
+    controls_entry,
     controls_report,
     gain_of,
     plan_controls,
@@ -148,6 +149,52 @@ def test_a_module_that_was_dropped_counts_as_nothing(model: Path, tmp_path: Path
     left = without(drawn(), "blk.1.ffn_up.weight")
     plan, _ = planned(model, tmp_path, write(tmp_path / "o.gguf", drawn()), write(tmp_path / "c.gguf", left))
     assert plan.norm_ratio == pytest.approx(total(left) / total(drawn()), rel=1e-6)
+
+
+@pytest.fixture
+def repaired() -> Pairs:
+    """Two modules whose A was changed, B left but for a factor that A's has made up for; the others as they were."""
+    pairs, random = drawn(), np.random.default_rng(7)
+    for name, factor in (("blk.0.attn_q.weight", 1.0), ("blk.1.ffn_down.weight", 0.5)):
+        a, b = pairs[name]
+        kept = np.eye(a.shape[1]) - np.ones((a.shape[1], 1)) @ random.normal(size=(1, a.shape[1])) / a.shape[1]
+        pairs[name] = (a @ kept / factor, factor * b)
+    return pairs
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16])
+def test_where_a_was_changed_the_scaled_control_is_the_only_one(
+    model: Path, tmp_path: Path, repaired: Pairs, stored: type[np.floating[Any]]
+) -> None:
+    """The dense norms in float64."""
+    rounded = {
+        name: (a.astype(stored).astype(float), b.astype(stored).astype(float)) for name, (a, b) in repaired.items()
+    }
+    original, changed = write(tmp_path / "o.gguf", drawn()), write(tmp_path / "c.gguf", rounded)
+    plan, reason = planned(model, tmp_path, original, changed, (0.5, 1.5))
+    assert reason is None
+    assert plan.random is None and plan.runs == (plan.scaled,)
+    assert not (tmp_path / RANDOM_FILE).exists()
+    (scaled,) = plan.scaled.adapters
+    assert total(drawn(), scaled.scale) == pytest.approx(total(rounded, 1.5), rel=1e-6)
+    told = controls_report(plan, [run("o", 0, 0, 20), run("c", 20, 0, 20), run(SCALED, 20, 0, 0)])
+    assert told["beats_scaled"] is True and told["random"] is None and "beats_random" not in told
+    assert "no random control" in told["sentences"][-1]
+
+
+def test_a_larger_update_says_that_scaling_is_no_hard_control() -> None:
+    """Sentences against the ratio alone."""
+    runs = run("mine", 20, 0, 20), run(SCALED, 0, 0, 20)
+    told = [controls_entry(*runs, None, ratio, "o", whose="o")["sentences"] for ratio in (0.99, 1.01)]
+    assert [len(sentences) for sentences in told] == [2, 3]
+    assert "takes nothing away" in told[1][1]
+
+
+def test_where_a_and_b_were_changed_nothing_is_compared(model: Path, tmp_path: Path, repaired: Pairs) -> None:
+    a, b = repaired["blk.0.attn_q.weight"]
+    both = {**repaired, "blk.0.attn_q.weight": (a - a.mean() + np.linspace(-3, 3, a.shape[1]), b[::-1])}
+    plan, reason = planned(model, tmp_path, write(tmp_path / "o.gguf", drawn()), write(tmp_path / "c.gguf", both))
+    assert plan is None and reason == "no controls: c has other A matrices than o"
 
 
 @pytest.mark.parametrize(

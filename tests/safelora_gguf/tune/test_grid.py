@@ -13,7 +13,9 @@ from converters.errors import UsageError
 from safelora_gguf.report import ProjectReport
 from safelora_gguf.selection import Selection, select
 from safelora_gguf.setting import Setting
-from safelora_gguf.tune.grid import SCALING, GridOptions, SettingLine, make_lines, planned_lines, scaled
+from safelora_gguf.tune.grid import SCALING, CandidateLine, GridOptions, SettingLine, make_lines, planned_lines, scaled
+from safelora_gguf.tune.repair_line import REPAIR, Repair
+from safelora_gguf.tune.ways import Command
 
 
 @dataclass
@@ -46,18 +48,38 @@ class Scored:
         raise AssertionError("not asked for")
 
 
-def lines_of(**options: Any) -> dict[str, SettingLine]:
-    return {line.name: line for line in make_lines(GridOptions(**options), Scored(), "f16")}
+@dataclass
+class Repairing:
+    """Nine of the ten modules."""
+
+    modules: int = 9
+    command: Command = Command("repair", ("model", "adapter"), ("--eps", "0.3"))  # noqa: RUF009  (it is frozen)
+    written: list[tuple[str, float]] = field(default_factory=list)
+
+    def norm_ratio(self, repair: Repair) -> float | None:
+        return 1 / (1 + repair.mu)
+
+    def draft(self, repair: Repair, target: Path) -> None:
+        self.written.append(("draft", repair.mu))
+
+    def write(self, repair: Repair, target: Path, **_: Any) -> ProjectReport:
+        self.written.append(("write", repair.mu))
+        return None  # type: ignore[return-value]
 
 
-def names(line: SettingLine) -> list[str]:
+def lines_of(**options: Any) -> dict[str, CandidateLine]:
+    return {line.name: line for line in make_lines(GridOptions(**options), Scored(), "f16", Repairing())}
+
+
+def names(line: CandidateLine) -> list[str]:
     return [candidate.name for candidate in line.candidates]
 
 
 def test_the_default_grid_has_every_operator_and_plain_scaling_from_little_to_much() -> None:
     lines = lines_of()
     assert list(lines) == [
-        "paper by number", "paper by strength", "subspace rank 6 by number", "subspace rank 6 by strength", "scaling",
+        "paper by number", "paper by strength", "subspace rank 6 by number", "subspace rank 6 by strength",
+        "repair by mu", "scaling",
     ]  # fmt: skip
     for line in lines.values():
         positions = [candidate.position for candidate in line.candidates]
@@ -69,6 +91,8 @@ def test_the_default_grid_has_every_operator_and_plain_scaling_from_little_to_mu
     ]  # fmt: skip
     threshold, number = lines["paper by number"].candidates[2:4]
     assert threshold.key == number.key, "cosines 0.1, 0.2 and 0.3"
+    assert names(lines[REPAIR]) == [f"repair mu {mu}" for mu in ("0.5", "1", "2", "4", "8", "16", "32")]
+    assert [candidate.changed for candidate in lines[REPAIR].candidates] == [9] * 7
     assert names(lines[SCALING])[0] == "scale 0.9"
     assert [candidate.changed for candidate in lines[SCALING].candidates] == [10] * 9
 
@@ -84,6 +108,7 @@ def test_the_default_grid_has_every_operator_and_plain_scaling_from_little_to_mu
             {"paper number 3 by strength": ["paper number 3 strength 0.5", "paper number 3 strength 0.9"]},
         ),
         ({"strengths": (0.5,), "operators": ("paper",)}, {"paper by strength": ["paper all strength 0.5"]}),
+        ({"mus": (4.0, 1.5, 4.0)}, {"repair by mu": ["repair mu 1.5", "repair mu 4"]}),
     ],
 )
 def test_what_is_given_is_the_grid(options: dict[str, Any], expected: dict[str, list[str]]) -> None:
@@ -103,6 +128,7 @@ def test_an_operator_alone_has_its_default_lines() -> None:
 def test_the_references_are_scored_by_what_the_grid_needs_and_no_more() -> None:
     assert GridOptions().asked == (("paper", None), ("subspace", 6))
     assert GridOptions(scales=(0.5,)).asked == ()
+    assert GridOptions(mus=(2.0,)).asked == ()
     assert GridOptions(ranks=(2, 2)).asked == (("subspace", 2),)
     assert GridOptions(numbers=(1,), operators=("subspace", "paper")).asked == (("subspace", 6), ("paper", None))
 
@@ -125,7 +151,8 @@ def test_between_two_candidates_stands_another_one_as_long_as_it_differs() -> No
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"scales": (0.5, 0.7)}, {"numbers": (3,), "ranks": (2,)}, {"strengths": (0.9, 0.5)}]
+    "options",
+    [{}, {"scales": (0.5, 0.7)}, {"numbers": (3,), "ranks": (2,)}, {"strengths": (0.9, 0.5)}, {"mus": (2.0,)}],
 )
 def test_a_plan_names_the_grid_before_anything_is_scored(options: dict[str, Any]) -> None:
     """The modules with a cosine are not known then; here all of those that there are have one."""
@@ -146,6 +173,31 @@ def test_scales_are_halved_down_to_a_fortieth() -> None:
     assert scaling.between(quarter.position, 0.7) is None
 
 
+def test_without_what_repairs_there_is_no_line_of_repairs() -> None:
+    """Neither when it is planned nor when it is made; the others stay."""
+    made = [line.name for line in make_lines(GridOptions(), Scored(), "f16")]
+    assert made == [name for name, _ in planned_lines(GridOptions(), 9, repair=False)]
+    assert made == [name for name in lines_of() if name != REPAIR]
+
+
+def test_octaves_of_mu_are_halved_twice() -> None:
+    """Geometrically: 2^(k/4), to the four digits that a report tells."""
+    line = lines_of()[REPAIR]
+    at = {candidate.name: candidate.position for candidate in line.candidates}
+    half = line.between(at["repair mu 1"], at["repair mu 2"])
+    assert half is not None
+    quarter = line.between(half.position, at["repair mu 2"])
+    assert quarter is not None
+    assert (half.name, quarter.name) == ("repair mu 1.414", "repair mu 1.682")
+    assert line.between(half.position, quarter.position) is None
+    assert line.between(quarter.position, at["repair mu 2"]) is None
+    assert at["repair mu 1"] < half.position < quarter.position < at["repair mu 2"]
+    less = line.between(0.0, at["repair mu 0.5"])
+    assert less is not None
+    assert less.name == "repair mu 0.25"
+    assert line.between(0.0, less.position) is None
+
+
 def test_any_scale_is_a_candidate_of_the_line_of_scaling() -> None:
     scored = Scored()
     candidate = scaled(0.123456, scored)
@@ -163,23 +215,56 @@ def test_the_way_makes_what_the_candidate_says(name: str, tmp_path: Path) -> Non
     for candidate in (*line.candidates, between):
         way = line.way(candidate)
         way.write(tmp_path / "x.gguf")
+        way.draft(tmp_path / "y.gguf")
+        assert scored.written[-1] == scored.written[-2]
         setting, outtype = scored.written[-1]
         assert (setting.name, setting.to_json(), outtype) == (candidate.name, way.setting, "f16")
         assert scored.key(setting) == candidate.key
         assert (way.scale is None) == (name != SCALING)
 
 
-def test_the_way_tells_the_options_of_project_that_do_the_same() -> None:
+def test_a_way_to_repair_makes_what_the_candidate_says(tmp_path: Path) -> None:
+    """However it came onto the line; and names the command that does the same."""
+    repairing = Repairing()
+    line = next(one for one in make_lines(GridOptions(), Scored(), "f16", repairing) if one.name == REPAIR)
+    between = line.between(0.5, 2 / 3)
+    assert between is not None
+    for candidate in (*line.candidates, between):
+        way = line.way(candidate)
+        way.draft(tmp_path / "x.gguf")
+        way.write(tmp_path / "x.gguf")
+        (_, mu), last = repairing.written[-2:]
+        assert last == ("write", mu)
+        assert (f"repair mu {mu:g}", ("repair", mu)) == (candidate.name, candidate.key)
+        assert way.setting == {"operator": "repair", "mu": mu}
+        assert (way.origin, way.scale, way.modules, way.norm_ratio, way.control) == (
+            "repair",
+            None,
+            9,
+            1 / (1 + mu),
+            None,
+        )
+        assert way.command is not None
+        told = way.command.line({"base": "b", "model": "m 1", "adapter": "a"}, "o")
+        assert told == f"safelora-gguf repair --model 'm 1' --adapter a --eps 0.3 --mu {mu:g} --out o"
+
+
+def test_the_way_tells_the_command_that_does_the_same() -> None:
     line = lines_of(numbers=(3,), strengths=(0.5,), ranks=(2,))["subspace rank 2 number 3 by strength"]
-    expected = ("--operator", "subspace", "--rank", "2", "--number", "3", "--strength", "0.5")
-    assert line.way(line.candidates[0]).options == expected
+    command = line.way(line.candidates[0]).command
+    assert command is not None
+    options = "--operator subspace --rank 2 --number 3 --strength 0.5"
+    told = command.line({"base": "b", "aligned": "l", "adapter": "a", "model": "m"}, "o")
+    assert told == f"safelora-gguf project --base b --aligned l --adapter a {options} --out o"
+    assert isinstance(line, SettingLine)
     assert Setting("subspace", 2, Selection("number", 3.0), 0.5) == line.settings[0]
 
 
 @pytest.mark.parametrize(
     "options",
     [{"scales": (1.0,)}, {"scales": (0.0,)}, {"strengths": (1.5,), "numbers": (1,)}, {"thresholds": (2.0,)},
-     {"numbers": (-1,)}, {"ranks": (2,), "operators": ("paper",)}, {"strengths": (0.0,)}, {"ranks": (0,)}],
+     {"numbers": (-1,)}, {"ranks": (2,), "operators": ("paper",)}, {"strengths": (0.0,)}, {"ranks": (0,)},
+     {"mus": (0.0,)}, {"mus": (-1.0,)}, {"mus": (float("inf"),)}, {"mus": (float("nan"),)}],
 )  # fmt: skip
 def test_a_grid_that_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

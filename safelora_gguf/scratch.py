@@ -1,4 +1,4 @@
-"""A place beside the output for adapters that are tried, gone when the search ends, however it ends."""
+"""A place beside an output for what is needed on the way to it, gone when the work ends, however it ends."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from converters.atomic import locked, remove_stale, signals_held, temporary_of, 
 
 
 @contextlib.contextmanager
-def scratch_beside(target: Path) -> Iterator[Path]:
+def scratch_beside(target: Path, command: str) -> Iterator[Path]:
     """An empty directory under a name that the next run with the same target recognises, should this one be killed.
 
     Directories that are missing above the target are made, and taken away again where they stay empty.
 
+    Args:
+        command: whose output it is, for the name.
+
     Raises:
-        OutputPathError: another search for this target is running, or nothing can be written there.
+        OutputPathError: another run for this target is at work, or nothing can be written there.
         WriteError: the device is full or fails.
     """
     target = target.absolute()
-    place = temporary_of(target.with_name(f"{target.name}.tune"))
+    place = temporary_of(target.with_name(f"{target.name}.{command}"))
     missing = [parent for parent in target.parents if not parent.exists()]
     with write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)

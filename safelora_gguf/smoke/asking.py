@@ -1,10 +1,11 @@
-"""How a search asks llama.cpp, as its user says."""
+"""How llama.cpp is asked, as its user says."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safelora_gguf.smoke.inputs import default_threads, read_template
 from safelora_gguf.smoke.parent.session import LOAD_TIMEOUT, PROMPT_TIMEOUT
@@ -47,3 +48,13 @@ class Asking:
             self.parallel,
             self.time_limit,
         )
+
+    def settings(self, options: ModelOptions) -> dict[str, Any]:
+        """As options of the command line, for reports.
+
+        Args:
+            options: this one's own of a model.
+        """
+        own = {key: value for key, value in asdict(options).items() if key not in ("model", "prompt_seconds")}
+        template = None if self.template is None else str(self.template)
+        return {**own, "template": template, "time_limit": self.time_limit, "limit": self.limit, "seed": self.seed}
