@@ -19,6 +19,7 @@ from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.adapters.output import LoadPair, Place
 from converters.adapters.storing import PairOut
 from converters.architectures import NO_HEADS, Architecture, Destination, HeadCounts, architecture_of, find_architecture
+from converters.architectures.transforms import SwapFactors
 from converters.errors import Error, FormatError, UnsupportedError
 from converters.models import ModelDescription
 from converters.names import canonical
@@ -80,12 +81,19 @@ class PeftPair:
         brought = [part.place.bring(*load(part.module), heads) for part in self.parts]
         scaled = [(a, b if part.factor == 1 else (b.double() * part.factor).float())
                   for part, (a, b) in zip(self.parts, brought, strict=True)]  # fmt: skip
-        if self.shared:
+        if self.shared and any(_swaps(part.place) for part in self.parts):  # then it is B that they share
+            a, b = torch.stack([a for a, _ in scaled]).sum(dim=0), scaled[0][1]
+        elif self.shared:
             a, b = scaled[0][0], torch.stack([b for _, b in scaled]).sum(dim=0) if len(scaled) > 1 else scaled[0][1]
         else:
             a, b = torch.cat([a for a, _ in scaled]), torch.cat([b for _, b in scaled], dim=1)
         missing = self.rank - len(a)  # another expert's pair in the stack may be of a higher rank
         return (a, b) if not missing else (pad(a, (0, 0, 0, missing)), pad(b, (0, missing)))
+
+
+def _swaps(place: Place) -> bool:
+    """Whether A and B change places on the way."""
+    return place.rule is not None and any(isinstance(each, SwapFactors) for each in place.rule.transforms)
 
 
 def peft_pairs(adapter: LoraAdapter, model: ModelDescription) -> list[PeftPair]:
