@@ -1,7 +1,7 @@
 """Which mu: the smallest of a geometric grid at which enough harmful prompts are refused.
 
-The grid has the quarter octaves 2^(k/4) from 1 to 64: below 1 harmful inputs weigh less than the others, and what was
-enough on the prompts that calibrate was too little on other phrasings. The boundary is looked for by first tokens
+The grid has the quarter octaves 2^(k/4) from 1/2 to 64: below, what was enough on the prompts that calibrate was too
+little on other phrasings. The boundary is looked for by first tokens
 where these can tell, since they cost one token for each prompt: among the octaves by bisection, then between two of
 them. There text has the last word: where it says too little the search goes on to larger mu, in growing steps and back
 by bisection. Nothing is known here of files, adapters and llama.cpp; what is asked of them is kept.
@@ -18,7 +18,7 @@ from safelora_gguf.smoke.intervals import Count
 
 Stage = Literal["score", "text"]
 
-LOWEST, HIGHEST, OCTAVE = 0, 24, 4
+LOWEST, HIGHEST, OCTAVE = -4, 24, 4
 """Places on the grid, where mu is 2^(place / 4)."""
 
 EQUAL = 0.05

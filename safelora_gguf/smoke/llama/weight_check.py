@@ -74,6 +74,18 @@ class WeightCheck:
         if not agreement > LEAST_AGREEMENT:
             raise self._otherwise(weight, f"its input times its rows has a cosine of {agreement:.2f} with the product")
 
+    def check_rows(self, weight: str, numbers: Any, found: Any) -> None:
+        """Rows (n, in) that llama.cpp looked up in a weight, by their numbers (n,); raises what `check` does."""
+        stored, looked = self._values(weight, numbers), np.asarray(found, np.float64)
+        agreement = 0.0
+        if looked.shape == stored.shape:
+            finite = np.isfinite(stored).all(axis=1) & np.isfinite(looked).all(axis=1)
+            pairs = zip(stored[finite], looked[finite], strict=True)
+            agreement = min((cosine(*pair) for pair in pairs), default=1.0)
+        if not agreement > LEAST_AGREEMENT:
+            told = f"rows looked up in {weight} have a cosine of {agreement:.2f} with the file's"
+            raise self.unsupported("inputs", f"this build of llama.cpp has the tokens in another order ({told})")
+
     def unsupported(self, what: str, why: str) -> EngineError:
         told = f"{what} can't be captured in the architecture {self.architecture!r}: {why}"
         return EngineError("unsupported", told)

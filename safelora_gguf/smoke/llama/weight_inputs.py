@@ -5,9 +5,11 @@ watched, the second operand is that weight's input, whatever the architecture ca
 operand form a group, whose rows are kept once.
 
     rows     a graph computes a tensor for every token of the batch or, behind the last attention, only for those whose
-             logits are wanted, which are the kept ones (`readers.Captured`)
+             logits are wanted, which are the kept ones (`readers.Captured`); where it picks them, their indices are read
     order    that the graph's tokens are the batch's, in its order, is seen where their embeddings are looked up
     checked  the first time that a weight is multiplied (`weight_check`)
+    ended    behind the last weight: what follows the final norm is a row of logits for each kept token, which nobody
+             reads, and with a large vocabulary takes longer than all the rest
 
 No exception may pass through C: the first one is kept and raised after the decode.
 """
@@ -15,7 +17,7 @@ No exception may pass through C: the first one is kept and raised after the deco
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp.llama_cpp as lib
@@ -24,6 +26,7 @@ import numpy as np
 from safelora_gguf.smoke.llama.capture_file import CaptureWriter, halved
 from safelora_gguf.smoke.llama.errors import EngineError
 from safelora_gguf.smoke.llama.ggml_tensors import GgmlTensors
+from safelora_gguf.smoke.llama.kept_rows import Decode, Kept
 from safelora_gguf.smoke.llama.sequences import Span
 from safelora_gguf.smoke.llama.weight_check import WeightCheck
 
@@ -31,36 +34,9 @@ CHECKED = 8
 """Inputs of a weight that are multiplied with some of its rows."""
 
 _EMBEDDINGS = "token_embd.weight"
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The positions of a sequence whose inputs are kept, ascending, and the row of the first one in the file."""
-
-    positions: Any
-    row: int
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Rows of a file that follow one another: those of a reader from `row` on, taken from `at` of the kept ones."""
-
-    reader: int
-    row: int
-    at: Any
-
-
-@dataclass
-class _Decode:
-    """A batch: its tokens, which of them (indices) are kept, and where they go; and what was seen of it so far."""
-
-    tokens: Any
-    kept: Any
-    runs: Sequence[_Run]
-    ordered: bool = False
-    multiplied: set[str] = field(default_factory=set)
-    written: set[int] = field(default_factory=set)
-    groups: dict[tuple[int, int], int] = field(default_factory=dict)
+_FINAL_NORM = "result_norm"
+"""llama.cpp's name, in every architecture, for what its output matrix is multiplied with: every sequence's memory is
+written by then."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +60,8 @@ class WeightInputs:
     Attributes:
         callback: llama.cpp's cb_eval; it lives as long as this object, which must outlive the context.
         broken: why readers have no inputs, by their index.
+
+    `close` it behind the context.
     """
 
     def __init__(
@@ -102,8 +80,8 @@ class WeightInputs:
         self._named: dict[int, str] = {}  # tensors of the model, which stay where they are; a graph's don't
         self._groups: list[list[str]] = []
         self._group_of: dict[str, int] = {}
-        self._checked: set[str] = set()
-        self._decode = _Decode(np.empty(0), np.empty(0, int), ())
+        self._checked: set[str] = set()  # weights, and the embeddings
+        self._decode = Decode.of((), (), ())
         self._read: tuple[tuple[int, int], _Input] | None = None
         self._error: BaseException | None = None
 
@@ -113,21 +91,7 @@ class WeightInputs:
         return self._groups
 
     def reading(self, tokens: Sequence[int], spans: Sequence[Span]) -> None:
-        runs: list[tuple[int, int, Any]] = []
-        start = 0
-        for span in spans:
-            for reader in span.readers:
-                positions = self._kept[reader].positions
-                first, last = np.searchsorted(positions, (span.first, span.last))
-                if first < last:
-                    runs.append(
-                        (reader, self._kept[reader].row + int(first), positions[first:last] - span.first + start)
-                    )
-            start += span.last - span.first
-        assert start == len(tokens), (start, len(tokens))
-        kept = np.unique(np.concatenate([indices for _, _, indices in runs])) if runs else np.empty(0, int)
-        placed = [_Run(reader, row, np.searchsorted(kept, indices)) for reader, row, indices in runs]
-        self._decode = _Decode(np.asarray(tokens), kept, placed)
+        self._decode = Decode.of(tokens, spans, self._kept)
         self._read = None
 
     def read(self, *, done: bool) -> None:
@@ -150,26 +114,32 @@ class WeightInputs:
                 "inputs", "llama.cpp's graph does not look its tokens up in token_embd.weight"
             )
 
+    def close(self) -> None:
+        """Parts with the callback, which refers back: the model's files would stay open until Python finds the cycle."""
+        self.callback = None
+
     def _evaluated(self, tensor: int, asked: bool, _data: Any) -> bool:
         if self._error is not None:
             return False
         try:
             if asked:
                 return self._wanted(tensor)
-            self._seen(tensor)
+            return self._seen(tensor)
         except BaseException as error:
             self._error = error
             return False
-        return True
 
     def _wanted(self, tensor: int) -> bool:
         """Whether a tensor is to be seen when it is computed; called for each one, so most end at the first line."""
         op, layout = self._tensors.op(tensor), self._layout
-        if op not in (layout.mul_mat, layout.mul_mat_id, layout.get_rows) or not self._decode.kept.size:
+        if not self._decode.kept.size:
             return False
+        if op not in (layout.mul_mat, layout.mul_mat_id, layout.get_rows):
+            done = len(self._decode.multiplied) == len(self._weights)
+            return done and self._tensors.name(tensor) == _FINAL_NORM
         name = self._name(self._tensors.source(tensor, 0))
         if op == layout.get_rows:
-            return name == _EMBEDDINGS
+            return name == _EMBEDDINGS or self._picks(tensor)
         if name not in self._weights:
             return False
         if name in self._decode.multiplied:
@@ -186,11 +156,23 @@ class WeightInputs:
                 name = self._named[tensor] = found
         return name
 
-    def _seen(self, tensor: int) -> None:
-        weight = self._name(self._tensors.source(tensor, 0))
-        if self._tensors.op(tensor) == self._layout.get_rows:
-            self._check_order(tensor)
-            return
+    def _picks(self, tensor: int) -> bool:
+        """Whether a lookup takes as many rows as are kept, by indices that were not looked at yet."""
+        indices = self._tensors.source(tensor, 1)
+        return indices not in self._decode.picked and self._tensors.shape(indices) == (1, 1, 1, len(self._decode.kept))
+
+    def _seen(self, tensor: int) -> bool:
+        """Reads what was wanted; whether the graph is to go on."""
+        op, layout = self._tensors.op(tensor), self._layout
+        if op == layout.get_rows:
+            if self._name(self._tensors.source(tensor, 0)) == _EMBEDDINGS:
+                self._check_order(tensor)
+            elif np.array_equal(self._tensors.values(self._tensors.source(tensor, 1)).ravel(), self._decode.kept):
+                self._decode.picked.add(self._tensors.source(tensor, 1))
+            return True
+        weight = self._name(self._tensors.source(tensor, 0)) if op in (layout.mul_mat, layout.mul_mat_id) else ""
+        if weight not in self._weights:  # the final norm
+            return False
         if not self._decode.ordered:
             raise self._unsupported(weight, "it is multiplied before the tokens' embeddings are looked up")
         found = self._input(tensor, weight)
@@ -200,11 +182,16 @@ class WeightInputs:
         if group not in self._decode.written:
             self._write(group, found)
             self._decode.written.add(group)
+        return True
 
     def _check_order(self, tensor: int) -> None:
         tokens = self._tensors.values(self._tensors.source(tensor, 1)).ravel()
         if not np.array_equal(tokens, self._decode.tokens):
             raise self._check.unsupported("inputs", "this build of llama.cpp has the tokens in another order")
+        if _EMBEDDINGS not in self._checked:
+            embedded = self._tensors.values(tensor)
+            self._check.check_rows(_EMBEDDINGS, tokens, embedded.reshape(-1, embedded.shape[-1]))
+            self._checked.add(_EMBEDDINGS)
         self._decode.ordered = True
 
     def _unsupported(self, weight: str, why: str) -> EngineError:
@@ -234,6 +221,8 @@ class WeightInputs:
         if count == len(self._decode.tokens):
             return self._decode.kept
         if count == len(self._decode.kept):
+            if not self._decode.picked:
+                raise self._unsupported(weight, "its input's rows are not picked by the indices of the wanted tokens")
             return np.arange(count)
         raise self._unsupported(
             weight, f"its input has {count} rows for {len(self._decode.tokens)} tokens, {len(self._decode.kept)} kept"

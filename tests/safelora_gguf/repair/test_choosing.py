@@ -35,8 +35,8 @@ def asked(chosen: Chosen, by: str) -> list[float]:
     return [one.mu for one in chosen.tried if one.by == by]
 
 
-def test_the_grid_has_quarter_octaves_from_1_to_64() -> None:
-    assert [mu_at(place) for place in (LOWEST, 1, 2, 4, HIGHEST)] == [1, 1.189, 1.414, 2, 64]
+def test_the_grid_has_quarter_octaves_from_one_half_to_64() -> None:
+    assert [mu_at(place) for place in (LOWEST, 0, 1, 2, 4, HIGHEST)] == [0.5, 1, 1.189, 1.414, 2, 64]
 
 
 @pytest.mark.parametrize("first", PLACES)
