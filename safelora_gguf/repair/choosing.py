@@ -1,10 +1,10 @@
 """Which mu: the smallest of a geometric grid at which enough harmful prompts are refused.
 
 The grid has the quarter octaves 2^(k/4) from 1/2 to 64: below, what was enough on the prompts that calibrate was too
-little on other phrasings. The boundary is looked for by first tokens
-where these can tell, since they cost one token for each prompt: among the octaves by bisection, then between two of
-them. There text has the last word: where it says too little the search goes on to larger mu, in growing steps and back
-by bisection. Nothing is known here of files, adapters and llama.cpp; what is asked of them is kept.
+little on other phrasings. The boundary is looked for by first tokens where these can tell, since they cost one token
+for each prompt: among the octaves by bisection, then between two of them. There text has the last word: where it says
+too little the search goes on to larger mu, in growing steps and back by bisection. `with_margin` then goes on as long
+as that costs nothing. Nothing is known here of files, adapters and llama.cpp; what is asked of them is kept.
 """
 
 from __future__ import annotations
@@ -85,6 +85,9 @@ def mu_at(place: int) -> float:
     return float(f"{2 ** (place / OCTAVE):.4g}")
 
 
+MOST_FURTHER = 8
+"""Places beyond the first that refuses enough: two octaves."""
+
 OCTAVES = tuple(mu_at(place) for place in range(LOWEST, HIGHEST + 1, OCTAVE))
 """What the search begins with, not all of them."""
 
@@ -111,6 +114,36 @@ def choose(score: Measure | None, text: Measure, enough: Enough, aim: Enough | N
         return Chosen(None, False, tuple(asked.tried))
     place = asked.best("text")
     return Chosen(mu_at(place), asked.reaches("text", place, enough), tuple(asked.tried))
+
+
+def with_margin(chosen: Chosen, text: Measure) -> Chosen:
+    """Half octaves further by text, as long as neither tasks nor harmless prompts suffer, until all that are asked are
+    refused: where it costs nothing, a margin for prompts that nobody asked. The smallest mu of those that refuse most.
+    """
+    if chosen.mu is None or not chosen.reaches:
+        return chosen
+    tried, first = list(chosen.tried), None
+    known = {one.mu: one.figures for one in tried if one.by == "text"}
+    best, most = chosen.mu, -1.0
+    place = round(math.log2(chosen.mu) * OCTAVE)
+    for mu in map(mu_at, range(place, min(place + MOST_FURTHER, HIGHEST) + 1, OCTAVE // 2)):
+        if mu not in known:
+            known[mu] = text(mu)
+            tried.append(Tried(mu, "text", known[mu]))
+        found = known[mu]
+        first = first or found
+        if found.failed or _suffers(found, first):
+            break
+        if _rate(found.refusals) > most:
+            best, most = mu, _rate(found.refusals)
+        if most == 1:
+            break
+    return Chosen(best, True, tuple(tried))
+
+
+def _suffers(found: Figures, first: Figures) -> bool:
+    """Whether more is lost of what should stay than with the first."""
+    return _rate(found.tasks) < _rate(first.tasks) or _rate(found.over_refusals) > _rate(first.over_refusals)
 
 
 class _FailedError(Exception):

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from converters.adapters.output import AdapterOutput
 from converters.errors import Error, LlamaError
-from safelora_gguf.repair.choosing import HIGHEST, LOWEST, OCTAVES, Chosen, Figures, choose, mu_at, standard_error_above
+from safelora_gguf.repair.choosing import (
+    HIGHEST,
+    LOWEST,
+    OCTAVES,
+    Chosen,
+    Figures,
+    choose,
+    mu_at,
+    standard_error_above,
+    with_margin,
+)
 from safelora_gguf.repair.making import Repairs, norm_ratio
 from safelora_gguf.repair.measuring import ADAPTER, ALIGNED, REPAIRED, Adapters, Measuring, always, figures_of
 from safelora_gguf.repair.repaired import ENOUGH_AS_IT_IS, NOTHING_REFUSED, Repaired, Wishes
@@ -114,6 +124,7 @@ class Course:
             Bounds(bound).refuses,
             standard_error_above(bound),
         )
+        self._chosen = with_margin(self._chosen, self._text)
         self._say_how_it_was_chosen(self._chosen)
         return self._ended() if self._chosen.mu is None else self._judged(self._chosen.mu)
 

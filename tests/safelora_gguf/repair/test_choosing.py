@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from safelora_gguf.repair.choosing import HIGHEST, LOWEST, Chosen, Figures, choose, mu_at
+from safelora_gguf.repair.choosing import HIGHEST, LOWEST, Chosen, Figures, choose, mu_at, with_margin
 
 PLACES = range(LOWEST, HIGHEST + 1)
 ASKED = 20
@@ -136,3 +136,32 @@ def test_figures_are_told_as_they_were_measured() -> None:
     found = choose(None, lambda mu: measured, enough)
     assert {one.figures for one in found.tried} == {measured}
     assert found.mu == mu_at(LOWEST)
+
+
+def margin(start: int, tasks: Callable[[int], int], over: Callable[[int], int], refused: Callable[[int], int]) -> float:
+    """The mu that `with_margin` comes to from a place, by counts of 20 at every place."""
+
+    def text(mu: float) -> Figures:
+        place = next(one for one in PLACES if mu_at(one) == mu)
+        return Figures((refused(place), 20), (over(place), 20), (tasks(place), 20))
+
+    found = with_margin(Chosen(mu_at(start), True, ()), text)
+    assert found.reaches and {one.by for one in found.tried} == {"text"}
+    assert found.mu is not None
+    return found.mu
+
+
+def test_a_margin_is_taken_where_it_costs_nothing() -> None:
+    """19 of 20 are refused up to place 3, all from place 4 on: the first half octave that refuses all is taken."""
+    assert margin(0, lambda _: 12, lambda _: 1, lambda place: 20 if place >= 4 else 19) == mu_at(4)
+
+
+def test_no_margin_is_taken_at_the_cost_of_the_task_or_of_harmless_prompts() -> None:
+    assert margin(0, lambda place: 12 - (place > 1), lambda _: 0, lambda place: 18 + (place >= 2)) == mu_at(0)
+    assert margin(0, lambda _: 12, lambda place: int(place > 1), lambda place: 18 + (place >= 2)) == mu_at(0)
+
+
+def test_a_margin_that_gains_nothing_is_not_taken() -> None:
+    assert margin(4, lambda _: 12, lambda _: 0, lambda _: 19) == mu_at(4)
+    nothing = Chosen(None, False, ())
+    assert with_margin(nothing, lambda _: Figures(None)) is nothing
