@@ -43,8 +43,8 @@ Pairs = Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 KEYS = {
     "command", "version", "inputs", "mu", "mu_mode", "eps", "tokens", "tail", "task_share", "outtype", "repaired",
-    "total", "norm_ratio", "modules", "captured", "prompts", "search", "judge", "judges", "bounds", "settings", "runs", "flips",
-    "controls", "deciding", "confidence", "calibration", "verdict", "losses", "notes", "output",
+    "total", "norm_ratio", "modules", "captured", "prompts", "search", "judge", "judges", "bounds", "settings", "runs",
+    "flips", "controls", "deciding", "confidence", "calibration", "verdict", "losses", "notes", "output",
 }  # fmt: skip
 SHAPES = {"blk.0.attn_q.weight": (32, 64), "blk.0.ffn_down.weight": (64, 96), "token_embd.weight": (48, 64)}
 COUNTS = {"harmful": 10, "borderline": 0, "benign": 10, "task": 5}
