@@ -1,9 +1,9 @@
 """Capturing weights' inputs while llama.cpp reads, against reading alone: `python bench_capture.py MODEL.gguf`.
 
-    plain      the same tokens through the same decoder, the same rows of logits wanted, and nobody looking on
-    capture    with the inputs of every matrix of every layer written to a file
+    plain      the same tokens through a context that is there, with logits after the last one of each sequence alone
+    capture    with the inputs of every matrix of every layer written to a file, and a context of its own made and freed
 
-Both make a context of their own and free it, in one process and in turns, on one model that is loaded once. Of half the
+Both in one process and in turns, on one model that is loaded once. Of half the
 sequences every token is kept, of the others the last third, as with prompts that are answered and prompts that are
 refused. The tokens are noise, which takes llama.cpp as long as text does.
 """
@@ -27,9 +27,8 @@ from bench_outcome import timed
 from converters.llama_log import LlamaLog
 from safelora_gguf.smoke.llama.capturing import Capturing
 from safelora_gguf.smoke.llama.decoding import Decoder
+from safelora_gguf.smoke.llama.errors import PromptError
 from safelora_gguf.smoke.llama.model import LlamaModel
-from safelora_gguf.smoke.llama.readers import Captured
-from safelora_gguf.smoke.llama.sequences import Span
 from safelora_gguf.smoke.protocol import ModelOptions, Reading
 
 LEAST_RUNS = 5
@@ -68,17 +67,26 @@ class Timings:
         return method, f"{median:.3f}", spread, f"{self.tokens / median:.0f}"
 
 
-class _Blind:
-    """An observer that sees nothing, so that as many rows of logits are computed at once as for one that does."""
+class _Plain:
+    """Reads a sequence as answering it would: logits after its last token, which nobody looks at."""
 
-    callback = None
-    parallel = None
+    growth = 0
 
-    def reading(self, tokens: Sequence[int], spans: Sequence[Span]) -> None:
-        pass
+    def __init__(self, reading: Reading) -> None:
+        self.tokens = reading.tokens[: reading.keep[-1] + 1]
+        self.shareable = len(self.tokens) - 1
 
-    def read(self, *, done: bool) -> None:
-        pass
+    def wants(self, index: int) -> bool:
+        return index == self.shareable
+
+    def take(self, _logits: Any) -> int | None:
+        return None
+
+    def cut(self) -> None:
+        raise AssertionError("it took too long")
+
+    def fail(self, error: PromptError) -> None:
+        raise error
 
 
 def measure(model: Path, *, tokens: int, runs: int, threads: int = 1) -> Timings:
@@ -90,12 +98,12 @@ def measure(model: Path, *, tokens: int, runs: int, threads: int = 1) -> Timings
     log, options = LlamaLog(), ModelOptions(str(model), threads=threads)
     loaded = LlamaModel(options, log)
     readings = _readings(tokens, loaded.n_vocab)
-    weights = _weights(model)
+    weights, decoder = _weights(model), Decoder(loaded.pointer, options, log)
     seconds: dict[str, list[float]] = {"plain": [], "capture": []}
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "inputs"
         methods = {
-            "plain": lambda: _plain(loaded.pointer, options, log, readings),
+            "plain": lambda: _plain(decoder, readings),
             "capture": lambda: _capture(Capturing(loaded.pointer, options, log, (), weights), readings, file),
         }
         for turn in range(-1, runs):
@@ -123,12 +131,9 @@ def _weights(model: Path) -> list[str]:
     return [name for name in names if name.endswith(".weight") and name.split(".")[-2].removesuffix("_exps") in _KINDS]
 
 
-def _plain(model: Any, options: ModelOptions, log: LlamaLog, readings: Mapping[int, Reading]) -> None:
-    decoder = Decoder(model, options, log, _Blind())
-    readers = [Captured(key, reading, options.prompt_seconds) for key, reading in readings.items()]
-    for _ in decoder.run(readers, lambda: None):
+def _plain(decoder: Decoder, readings: Mapping[int, Reading]) -> None:
+    for _ in decoder.run([_Plain(reading) for reading in readings.values()], lambda: None):
         pass
-    decoder.close()
 
 
 def _capture(capturing: Capturing, readings: Mapping[int, Reading], file: Path) -> None:

@@ -7,8 +7,9 @@ reject, beat (signs of life for ever). A prompt's word works when its turn comes
 answered; `first-` before a prompt's word: only where it is the first such time in this journal; `score-`: only where
 no text is asked for. A prompt's words are its tokens after BOS (0): 2 for what is longer than three letters, otherwise
 1. `long` among them: it does not fit. A capture has no prompts: there the weights' names hold the words (`later-`: not
-the first time), and `unread-1` says which item can't be read. What it writes tells where it is from: 100 times the
-item's key and the position.
+the first time), `unread-1` says which item can't be read, `half` that there is a note, `nothing` that there are no
+groups. A model called `killed-2` is killed from outside the second and the third time that it is loaded. What it writes
+tells where it is from: 100 times the item's key and the position.
 JOURNAL gets a line for every request: what was asked, and the keys of its items.
 """
 
@@ -43,6 +44,8 @@ def answer_to(request: dict[str, Any], seen: str) -> None:
     do = request["do"]
     if do == "load":
         loaded = {"n_vocab": len(PIECES), "vocabulary": VOCABULARY, "n_ctx": 64, "notes": ["one note"]}
+        if "killed" in request["model"] and 1 <= seen.count("load") <= int(request["model"][-1]):
+            os.kill(os.getpid(), signal.SIGKILL)
         if not misbehave(request["model"]):
             say({"ok": loaded})
     elif do == "adapters":
@@ -104,7 +107,7 @@ def capture(request: dict[str, Any], seen: str) -> None:
         say({"item": item["key"], "captured": 0 if unread else len(item["keep"]), "error": "no" if unread else None})
     data, groups = b"", []
     rows = [(100 * item["key"] + place, item["key"]) for item in request["items"] for place in item["keep"]]
-    for weights in inputs_of(request["weights"]):
+    for weights in inputs_of([] if "nothing" in names else request["weights"]):
         width = WIDE if "down" in weights[0] else WIDTH
         groups.append({"weights": weights, "width": width, "rows": len(rows), "slots": 1, "used": 0})
         data += bytes(-len(data) % 64)
@@ -113,7 +116,8 @@ def capture(request: dict[str, Any], seen: str) -> None:
             data += struct.pack("<e", value) * width
         data += struct.pack(f"<{len(rows)}f", *(f"unread-{key}" not in names for _, key in rows))
     Path(request["file"]).write_bytes(data)
-    say({"ok": {"groups": groups, "bytes": len(data)}})
+    notes = ["half a context"] if "half" in names else []
+    say({"ok": {"groups": groups, "notes": notes, "bytes": len(data)}})
 
 
 def inputs_of(weights: list[str]) -> list[list[str]]:

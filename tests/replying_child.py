@@ -6,10 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-from fake_llama_child import VOCABULARY
+from fake_llama_child import VOCABULARY, WIDE, WIDTH
 
 from safelora_gguf.smoke.parent.process import LlamaProcess
-from safelora_gguf.smoke.protocol import ModelOptions
+from safelora_gguf.smoke.protocol import InputShape, ModelOptions
 
 
 def replying(tmp_path: Path, *lines: str) -> tuple[str, ...]:
@@ -27,3 +27,8 @@ def loaded(command: tuple[str, ...]) -> LlamaProcess:
     process = LlamaProcess(command)
     process.load(ModelOptions("model.gguf"), 20)
     return process
+
+
+def shapes(*weights: str) -> dict[str, InputShape]:
+    """What `fake_llama_child` says of the inputs of weights."""
+    return {weight: InputShape(WIDE if "down" in weight else WIDTH) for weight in weights}

@@ -7,7 +7,7 @@ scratch device has no room for the inputs of all weights at once, they are captu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +19,7 @@ from converters.errors import Error, LlamaError
 from safelora_gguf.repair.captured_rows import UNREAD, CapturedSet, JoinedRows
 from safelora_gguf.smoke.llama.capture_file import ALIGNMENT, nbytes
 from safelora_gguf.smoke.parent.session import Captured, Session, Tell
-from safelora_gguf.smoke.protocol import AdapterChoice, InputGroup, Reading
+from safelora_gguf.smoke.protocol import AdapterChoice, InputGroup, InputShape, Reading
 
 __all__ = ["CapturedSet", "CapturedSets", "Inputs", "Mixture", "Progress", "RangeInputs", "Taken"]
 
@@ -96,7 +96,7 @@ class CapturedSets:
         bytes: that all inputs of both sets take.
         plan: the weights of each range; one range is captured once and kept.
         passes: how often the model has read both sets so far.
-        notes: prompts that were left out.
+        notes: prompts that were left out, and what llama.cpp's process did otherwise than asked.
         losses: children that were lost on the way, without harm.
     """
 
@@ -106,6 +106,7 @@ class CapturedSets:
         harmful: Mixture,
         benign: Mixture,
         groups: Sequence[InputGroup],
+        shapes: Mapping[str, InputShape],
         *,
         scratch: Path,
         room: int,
@@ -116,6 +117,7 @@ class CapturedSets:
         """
         Args:
             groups: as a capture of a single token found them.
+            shapes: of the inputs of their weights.
             room: bytes that files may take at a time; a group that takes more has them all the same.
         """
         self.harmful = harmful
@@ -127,6 +129,7 @@ class CapturedSets:
         self.notes = list(notes)
         self.losses = list(losses)
         self._session = session
+        self._shapes = shapes
         self._scratch = scratch
         self._progress = progress
         self._kept: RangeInputs | None = None
@@ -169,11 +172,13 @@ class CapturedSets:
     def _captured(self, taken: Taken, weights: Sequence[str], file: Path) -> Captured:
         how = " with the adapter" if taken.adapters else ""
         tell = telling(self._progress, taken.prompts, f"reading {taken.name} prompts{how}")
-        found = captured(self._session, taken, weights, file, losses=self.losses, tell=tell)
+        shapes = {weight: self._shapes[weight] for weight in weights}
+        found = captured(self._session, taken, shapes, file, losses=self.losses, tell=tell)
         errors = [error for error in found.errors if error is not None]
+        told = list(found.notes)
         if errors:
-            told = f"{len(errors)} of {taken.prompts} {taken.name} prompts give no inputs; the first: {errors[0]}"
-            self.notes += [] if told in self.notes else [told]
+            told.append(f"{len(errors)} of {taken.prompts} {taken.name} prompts give no inputs; the first: {errors[0]}")
+        self.notes += [note for note in dict.fromkeys(told) if note not in self.notes]
         return found
 
 
@@ -199,7 +204,13 @@ def _joined(session: Session, name: str, parts: Sequence[tuple[Taken, Path, Capt
 
 
 def captured(
-    session: Session, taken: Taken, weights: Sequence[str], file: Path, *, losses: list[Error], tell: Tell | None = None
+    session: Session,
+    taken: Taken,
+    weights: Mapping[str, InputShape],
+    file: Path,
+    *,
+    losses: list[Error],
+    tell: Tell | None = None,
 ) -> Captured:
     """The inputs of weights in a file.
 

@@ -11,7 +11,7 @@ the adapter is for, have most of the weight.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +32,15 @@ from safelora_gguf.repair.captured_sets import (
 )
 from safelora_gguf.repair.token_sets import begun_alike, readings, tail_firsts
 from safelora_gguf.smoke.parent.session import Session
-from safelora_gguf.smoke.protocol import TEMPLATE_FAILED, AdapterChoice, Chat, Continued, InputGroup, Reading
+from safelora_gguf.smoke.protocol import (
+    TEMPLATE_FAILED,
+    AdapterChoice,
+    Chat,
+    Continued,
+    InputGroup,
+    InputShape,
+    Reading,
+)
 
 __all__ = [
     "MOST_BYTES",
@@ -69,7 +77,7 @@ def capture_sets(
     harmful: Asked,
     benign: Asked,
     adapter: AdapterChoice,
-    weights: Sequence[str],
+    weights: Mapping[str, InputShape],
     *,
     scratch: Path,
     tokens: int = 2048,
@@ -88,7 +96,7 @@ def capture_sets(
         harmful: prompts that the model without the adapter refuses.
         benign: harmless ones: benign, borderline, tasks.
         adapter: as GGUF.
-        weights: names of the adapted weights in the model's file.
+        weights: names of the adapted weights in the model's file, and what their inputs are like.
         scratch: a directory for captures, which its owner removes.
         tokens: most of each set; H's are read twice, and each time counts.
         tail: of a harmful prompt, so many of its last tokens count, beside the refusal.
@@ -128,7 +136,16 @@ def capture_sets(
     groups = asking.groups(h.parts[-1], weights, scratch / "one-token.inputs")
     room = _room(scratch, free, most_bytes, max(size(group, h, g) for group in groups))
     return CapturedSets(
-        session, h, g, groups, scratch=scratch, room=room, notes=asking.notes, losses=asking.losses, progress=progress
+        session,
+        h,
+        g,
+        groups,
+        weights,
+        scratch=scratch,
+        room=room,
+        notes=asking.notes,
+        losses=asking.losses,
+        progress=progress,
     )
 
 
@@ -156,7 +173,7 @@ class _Asking:
             self._left_out(name, errors, len(known))
         return {place: item for place, item in known.items() if item.error is None}
 
-    def groups(self, taken: Taken, weights: Sequence[str], file: Path) -> tuple[InputGroup, ...]:
+    def groups(self, taken: Taken, weights: Mapping[str, InputShape], file: Path) -> tuple[InputGroup, ...]:
         """The inputs that weights share, found by reading as little as can be."""
         whole = min(taken.readings, key=lambda one: one.keep[0])
         shortest = replace(taken, readings=(Reading(whole.tokens[: whole.keep[0] + 1], whole.keep[:1]),))

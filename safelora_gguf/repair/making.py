@@ -23,7 +23,7 @@ from safelora_gguf.repair.writing import original_pairs, repaired_pairs
 from safelora_gguf.smoke.judging import KEYWORD
 from safelora_gguf.smoke.parent.session import Session, ask
 from safelora_gguf.smoke.prompts import Prompt, PromptSet
-from safelora_gguf.smoke.protocol import AdapterChoice
+from safelora_gguf.smoke.protocol import AdapterChoice, InputShape
 
 if TYPE_CHECKING:
     from safelora_gguf.repair.pair_store import PairStore
@@ -161,7 +161,7 @@ class Repairs:
             self._asked(refused),
             self._asked(others),
             AdapterChoice(str(self.untouched)),
-            self.inputs.weights,
+            self._shapes(),
             scratch=place,
             tokens=self.method.tokens,
             tail=self.method.tail,
@@ -170,6 +170,11 @@ class Repairs:
             progress=self.tell,
         )
         return self._captured
+
+    def _shapes(self) -> dict[str, InputShape]:
+        """What the adapted weights are multiplied with; stacks of experts have three dimensions."""
+        stacks = {weight: self.inputs.model.infos[weight].shape[:-2] for weight in self.inputs.weights}
+        return {one: InputShape(self.inputs.widths[one], stack[0] if stack else 0) for one, stack in stacks.items()}
 
     def _asked(self, prompts: Sequence[Prompt]) -> Asked:
         folds = dict(zip((prompt.id for prompt in self.prompts.prompts), self.folds, strict=False))

@@ -14,7 +14,7 @@
         -> {"item": key, "continued": {Continued...}} as each is finished, then {"ok": {"items": n}}
     {"do": "capture", "items": [{"key", "tokens": [ids], "keep": [positions]}, ...], "weights": [names], "file"}
         -> {"item": key, "captured": rows, "error": null or text} as each is read,
-           then {"ok": {"groups": [{InputGroup...}, ...], "bytes": n}}
+           then {"ok": {"groups": [{InputGroup...}, ...], "notes": [...], "bytes": n}}
     while any of these is at work    -> {"alive": tokens decoded so far} between two decodes, every half second at most
     what fails                             -> {"failed": {"kind", "message"}} instead of "ok"; the child lives on
 
@@ -38,6 +38,7 @@ ASCII only (json's default), so that no locale matters and odd bytes in paths su
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -140,10 +141,31 @@ class Continued:
 
 @dataclass(frozen=True)
 class Reading:
-    """Tokens to be read, and the positions among them whose inputs are kept, ascending."""
+    """Tokens to be read, and the positions among them whose inputs are kept, ascending.
+
+    Raises:
+        ValueError: positions that are not ascending, or not among the tokens; a token below 0.
+    """
 
     tokens: tuple[int, ...]
     keep: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if any(one >= other for one, other in itertools.pairwise(self.keep)):
+            raise ValueError("positions that are kept must ascend")
+        if self.keep and not 0 <= self.keep[0] <= self.keep[-1] < len(self.tokens):
+            raise ValueError(f"positions {self.keep[0]} to {self.keep[-1]} are kept of {len(self.tokens)} tokens")
+        if min(self.tokens, default=0) < 0:
+            raise ValueError("a token below 0")
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """What a weight is multiplied with: rows of `width` elements; of a stack, each goes to some of its `experts`, of
+    which there are 0 where it is none."""
+
+    width: int
+    experts: int = 0
 
 
 @dataclass(frozen=True)

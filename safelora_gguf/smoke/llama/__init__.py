@@ -7,6 +7,7 @@
     distributions     next-token distributions in a file, and their divergence; numpy alone
     capturing         what weights are multiplied with, into a file
     weight_inputs     how that is found in llama.cpp's graph
+    kept_rows         which rows of it
     weight_check      whether it is what was multiplied
     ggml_tensors      tensors in llama.cpp's memory
     capture_file      the file; numpy alone

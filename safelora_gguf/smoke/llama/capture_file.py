@@ -151,7 +151,7 @@ class CaptureReader:
         never captured.
 
         Raises:
-            BrokenCaptureError: the file ends before, or holds what is not finite.
+            BrokenCaptureError: the file ends before, or holds what is not finite or no scale.
             OSError: it can't be read.
         """
         last = group.rows if last is None else last
@@ -159,8 +159,7 @@ class CaptureReader:
         rows, slots = last - first, group.slots
         row_bytes = slots * group.width * _VALUE.itemsize
         values = self._read(_VALUE, group.offset + first * row_bytes, rows * slots * group.width)
-        after = group.offset + group.rows * row_bytes
-        scales = self._read(_SCALE, after + first * slots * _SCALE.itemsize, rows * slots).reshape(rows, slots, 1)
+        scales = self._scales(group, first, last)[..., None]
         # a row that was never captured, or was given up, may hold anything
         inputs = np.where(scales == 0, np.float32(0), values.reshape(rows, slots, group.width))
         with np.errstate(invalid="ignore", over="ignore"):
@@ -179,6 +178,35 @@ class CaptureReader:
         before = nbytes(group.rows, group.slots, group.width, 0)
         experts = self._read(_EXPERT, group.offset + before, group.rows * group.used)
         return experts.reshape(group.rows, group.used)
+
+    def check(self, group: InputGroup, read: Sequence[bool], experts: int) -> None:
+        """That all rows that were read are there, and went to some of so many experts; 0: to none.
+
+        Args:
+            read: of each row, whether it was.
+
+        Raises:
+            BrokenCaptureError: they are not.
+            OSError: the file can't be read.
+        """
+        if (group.used == 0) != (experts == 0) or group.used > experts:
+            raise BrokenCaptureError(f"{group.weights[0]} has {experts} experts, and {group.used} were used")
+        rows = np.asarray(read, bool)
+        if (self._scales(group, 0, group.rows)[rows] == 0).any():
+            raise BrokenCaptureError(f"the group at {group.offset} lacks rows of what was read")
+        chosen = self.experts(group)[rows]
+        if ((chosen < 0) | (chosen >= experts)).any():
+            raise BrokenCaptureError(f"the group at {group.offset} names experts that {group.weights[0]} has not")
+
+    def _scales(self, group: InputGroup, first: int, last: int) -> Any:
+        """float32 (rows, slots): 0 or a positive power of two."""
+        slots = group.slots
+        after = group.offset + (group.rows * group.width * _VALUE.itemsize + first * _SCALE.itemsize) * slots
+        scales = self._read(_SCALE, after, (last - first) * slots).reshape(-1, slots)
+        mantissa, _ = np.frexp(scales)
+        if not (np.isfinite(scales) & ((scales == 0) | (mantissa == 0.5))).all():
+            raise BrokenCaptureError(f"the group at {group.offset} has scales that are not finite, or no powers of two")
+        return scales
 
     def _read(self, kind: Any, offset: int, count: int) -> Any:
         values = np.fromfile(self._file, kind, count, offset=offset)

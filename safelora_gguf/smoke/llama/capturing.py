@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
 
+from converters.errors import system_reason
 from converters.llama_log import LlamaLog
 from safelora_gguf.smoke.llama.capture_file import CaptureWriter
 from safelora_gguf.smoke.llama.decoding import Decoder
 from safelora_gguf.smoke.llama.errors import EngineError
+from safelora_gguf.smoke.llama.kept_rows import Kept
 from safelora_gguf.smoke.llama.readers import Captured
 from safelora_gguf.smoke.llama.weight_check import WeightCheck
-from safelora_gguf.smoke.llama.weight_inputs import Kept, WeightInputs
+from safelora_gguf.smoke.llama.weight_inputs import WeightInputs
 from safelora_gguf.smoke.protocol import InputGroup, ModelOptions, Reading
 
 Done = Callable[[int, int, str | None], None]
@@ -32,6 +35,7 @@ class Capturing:
 
     Attributes:
         decoded: tokens decoded so far.
+        notes: sentences for the report, once it has run.
 
     Raises:
         EngineError: unsupported: the model has no such weight, or this build of llama.cpp does not show its tensors;
@@ -48,6 +52,7 @@ class Capturing:
         self._adapters = adapters
         self._weights = weights
         self._decoder: Decoder | None = None
+        self.notes: tuple[str, ...] = ()
         self._check = WeightCheck(options.model)
         for weight in weights:
             if weight not in self._check:
@@ -75,36 +80,83 @@ class Capturing:
                 inputs = self._captured(readings, writer, tell, done)
                 return writer.close(inputs.groups)
         except OSError as error:
-            raise EngineError("unwritable", f"the captured inputs can't be written: {error}") from error
+            told = (
+                f"captured inputs can't be written: {system_reason(error)}; make room, or set TMPDIR to another device"
+            )
+            raise EngineError("unwritable", told) from error
 
     def _captured(
         self, readings: Mapping[int, Reading], writer: CaptureWriter, tell: Callable[[], None], done: Done
     ) -> WeightInputs:
-        kept: list[Kept] = []
-        readers: list[Captured] = []
-        inputs = WeightInputs(self._weights, kept, writer, self._check, one_by_one=_reorders(self._model))
-        decoder = self._decoder = Decoder(self._model, self._options, self._log, inputs)
+        inputs = WeightInputs(self._weights, writer, self._check, one_by_one=_reorders(self._model))
+        decoder: Decoder | None = None
         try:
+            lengths = [len(self._reader(reading).tokens) for reading in readings.values()]
+            decoder = self._decoder = Decoder(self._model, self._options, self._log, inputs, lengths)
+            self.notes = decoder.notes
             decoder.set_adapters(self._adapters)
-            row = 0
-            for key, reading in readings.items():
-                reader = Captured(key, reading, self._options.prompt_seconds)
-                length, limit = len(reader.tokens), decoder.limit
-                if 0 < length <= limit:
-                    readers.append(reader)
-                    kept.append(Kept(np.asarray(reading.keep), row))
-                else:
-                    told = f"the prompt and its answer are {length} tokens long, the context {limit}"
-                    done(key, 0, told if length else None)
-                row += len(reading.keep)
-            for index in decoder.run(readers, tell):
-                error, rows = readers[index].error or inputs.broken.get(index), len(kept[index].positions)
+            items = _that_fit(readings, lengths, decoder.limit, done)
+            for item, error in self._ended(items, decoder, inputs, tell):
+                rows = len(item.reading.keep)
                 if error is not None:
-                    writer.drop(kept[index].row, kept[index].row + rows)
-                done(readers[index].key, 0 if error else rows, error)
+                    writer.drop(item.row, item.row + rows)
+                done(item.key, 0 if error else rows, error)
         finally:
-            decoder.close()
+            if decoder is not None:
+                decoder.close()
+            inputs.close()
         return inputs
+
+    def _ended(
+        self, items: Sequence[_Item], decoder: Decoder, inputs: WeightInputs, tell: Callable[[], None]
+    ) -> Iterator[tuple[_Item, str | None]]:
+        """Each with what was wrong with it. Those that failed beside others are read once more, each alone: what is no
+        number spoils what is read beside it, and of a decode that failed nobody can tell which sequence it failed on.
+        """
+        again = []
+        for item, reader in self._read(items, decoder, inputs, tell):
+            if reader.error is None or reader.late or len(items) == 1:
+                yield item, reader.error
+            else:
+                again.append(item)
+        for one in again:
+            for item, reader in self._read([one], decoder, inputs, tell):
+                yield item, reader.error
+
+    def _read(
+        self, items: Sequence[_Item], decoder: Decoder, inputs: WeightInputs, tell: Callable[[], None]
+    ) -> Iterator[tuple[_Item, Captured]]:
+        readers = [self._reader(item.reading) for item in items]
+        inputs.begin([Kept(np.asarray(item.reading.keep), item.row) for item in items])
+        for index in decoder.run(readers, tell):
+            reader = readers[index]
+            reader.error = reader.error or inputs.broken.get(index)
+            yield items[index], reader
+
+    def _reader(self, reading: Reading) -> Captured:
+        return Captured(reading, self._options.prompt_seconds)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A reading under its key, and its first row in the file."""
+
+    key: int
+    reading: Reading
+    row: int
+
+
+def _that_fit(readings: Mapping[int, Reading], lengths: Sequence[int], limit: int, done: Done) -> list[_Item]:
+    """Those that can be read, `lengths` tokens of each; `done` hears of the others."""
+    items, row = [], 0
+    for (key, reading), length in zip(readings.items(), lengths, strict=True):
+        if 0 < length <= limit:
+            items.append(_Item(key, reading, row))
+        else:
+            told = f"the prompt and its answer are {length} tokens long, the context {limit}"
+            done(key, 0, told if length else None)
+        row += len(reading.keep)
+    return items
 
 
 def _reorders(model: Any) -> bool:

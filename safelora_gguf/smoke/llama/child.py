@@ -152,8 +152,8 @@ def _capture(work: _Work, request: Mapping[str, Any]) -> dict[str, Any]:
     def done(key: int, rows: int, error: str | None) -> None:
         work.say({"item": key, "captured": rows, "error": error})
 
-    groups = work.engine.capture(readings, request["weights"], work.live, done, file=file)
-    return {"groups": [asdict(group) for group in groups], "bytes": file.stat().st_size}
+    groups, notes = work.engine.capture(readings, request["weights"], work.live, done, file=file)
+    return {"groups": [asdict(group) for group in groups], "notes": list(notes), "bytes": file.stat().st_size}
 
 
 def _items(request: Mapping[str, Any]) -> list[Item]:

@@ -57,6 +57,7 @@ class Decoder:
 
     Args:
         observer: sees each decode; with one, as many rows of logits are computed at once as memory allows.
+        lengths: of the sequences that will be read, where that is known: the context is no larger than they need.
 
     Raises:
         EngineError: rejected: llama.cpp makes none; unsupported: the model is none that generates token by token.
@@ -68,7 +69,10 @@ class Decoder:
         notes: sentences for the report.
     """
 
-    def __init__(self, model: Any, options: ModelOptions, log: LlamaLog, observer: Observer | None = None) -> None:
+    def __init__(
+        self, model: Any, options: ModelOptions, log: LlamaLog, observer: Observer | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         self._log = log
         self._seconds = options.prompt_seconds
         self._observer = observer
@@ -78,7 +82,8 @@ class Decoder:
         if observer is not None:
             rows = min(max(rows, _OBSERVED_LOGITS // (4 * self._n_vocab)), BATCH)
             most, callback = observer.parallel, observer.callback
-        made = new_context(model, options, wanted_room(model, options, rows=rows, most=most), log, callback)
+        wanted = wanted_room(model, options, rows=rows, most=most, lengths=lengths)
+        made = new_context(model, options, wanted, log, callback)
         room = made.room
         self.context, self.notes = made.pointer, made.notes
         self.limit, self._parallel, self._cells = room.limit, room.parallel, room.cells

@@ -148,11 +148,12 @@ class Engine:
 
     def capture(
         self, readings: Mapping[int, Reading], weights: Sequence[str], tell: Tell, done: Done, *, file: Path
-    ) -> tuple[InputGroup, ...]:
-        """Writes what the weights are multiplied with at the kept positions; see `capturing` for what is raised."""
+    ) -> tuple[tuple[InputGroup, ...], tuple[str, ...]]:
+        """Writes what the weights are multiplied with at the kept positions; the groups of the file, and sentences for
+        the report. See `capturing` for what is raised."""
         capturing = self._capturing = Capturing(self.model.pointer, self._options, self._log, self._adapters, weights)
         try:
-            return capturing.run(readings, file, tell, done)
+            return capturing.run(readings, file, tell, done), capturing.notes
         finally:
             self._captured += capturing.decoded
             self._capturing = None

@@ -129,15 +129,20 @@ class Rereading:
 
 
 class Captured:
-    """Tokens that are read for what llama.cpp computes with them; what follows the last kept one is not read."""
+    """Tokens that are read for what llama.cpp computes with them; what follows the last kept one is not read.
+
+    Attributes:
+        error: why they could not be.
+        late: because of its time limit, for which nothing that was read beside it is to blame.
+    """
 
     growth = 0
 
-    def __init__(self, key: int, reading: Reading, seconds: float) -> None:
-        self.key = key
+    def __init__(self, reading: Reading, seconds: float) -> None:
         self.tokens = reading.tokens[: reading.keep[-1] + 1] if reading.keep else ()
         self.shareable = len(self.tokens) - 1
         self.error: str | None = None
+        self.late = False
         self._kept = frozenset(reading.keep)
         self._seconds = seconds
 
@@ -148,6 +153,7 @@ class Captured:
         return None
 
     def cut(self) -> None:
+        self.late = True
         self.error = f"reading it took more than {self._seconds:g} s"
 
     def fail(self, error: PromptError) -> None:

@@ -55,7 +55,7 @@ class WeightCheck:
 
     def check(self, weight: str, inputs: Any, outputs: Any, experts: Any = None) -> None:
         """Inputs (n, in) of a weight (out, in), and what llama.cpp made of them, (n, out); of a stack of experts (n,
-        out, in), which one each input went to.
+        out, in), which one each input went to. The bound is on the cosine of all products together, not of each.
 
         Raises:
             EngineError: unsupported: they don't agree, or the weight is of another shape; rejected: the file can't be

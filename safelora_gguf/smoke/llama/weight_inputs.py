@@ -5,7 +5,7 @@ watched, the second operand is that weight's input, whatever the architecture ca
 operand form a group, whose rows are kept once.
 
     rows     a graph computes a tensor for every token of the batch or, behind the last attention, only for those whose
-             logits are wanted, which are the kept ones (`readers.Captured`); where it picks them, their indices are read
+             logits are wanted, which are the kept ones (`readers.Captured`): by which indices is read
     order    that the graph's tokens are the batch's, in its order, is seen where their embeddings are looked up
     checked  the first time that a weight is multiplied (`weight_check`)
     ended    behind the last weight: what follows the final norm is a row of logits for each kept token, which nobody
@@ -54,7 +54,6 @@ class WeightInputs:
 
     Args:
         weights: their names in the model's file.
-        kept: of each reader, by its index; looked at when it is read.
         one_by_one: sequences must not be decoded together: llama.cpp would reorder their tokens.
 
     Attributes:
@@ -64,23 +63,21 @@ class WeightInputs:
     `close` it behind the context.
     """
 
-    def __init__(
-        self, weights: Sequence[str], kept: Sequence[Kept], writer: CaptureWriter, check: WeightCheck,
-        *, one_by_one: bool,
-    ) -> None:  # fmt: skip
+    def __init__(self, weights: Sequence[str], writer: CaptureWriter, check: WeightCheck, *, one_by_one: bool) -> None:
         self.parallel = 1 if one_by_one else None
         self.callback: Any = lib.ggml_backend_sched_eval_callback(self._evaluated)
         self.broken: dict[int, str] = {}
         self._tensors = GgmlTensors()
         self._layout = self._tensors.layout
         self._weights = frozenset(weights)
-        self._kept = kept
+        self._kept: Sequence[Kept] = ()
         self._writer = writer
         self._check = check
         self._named: dict[int, str] = {}  # tensors of the model, which stay where they are; a graph's don't
         self._groups: list[list[str]] = []
         self._group_of: dict[str, int] = {}
-        self._checked: set[str] = set()  # weights, and the embeddings
+        self._checked: set[str] = set()
+        self._embedded = False  # the embeddings that were looked up are the file's
         self._decode = Decode.of((), (), ())
         self._read: tuple[tuple[int, int], _Input] | None = None
         self._error: BaseException | None = None
@@ -89,6 +86,11 @@ class WeightInputs:
     def groups(self) -> Sequence[Sequence[str]]:
         """The weights of each group, in the order of the file's."""
         return self._groups
+
+    def begin(self, kept: Sequence[Kept]) -> None:
+        """Other readers, of which this is kept, by their index."""
+        self._kept = kept
+        self.broken.clear()
 
     def reading(self, tokens: Sequence[int], spans: Sequence[Span]) -> None:
         self._decode = Decode.of(tokens, spans, self._kept)
@@ -115,7 +117,7 @@ class WeightInputs:
             )
 
     def close(self) -> None:
-        """Parts with the callback, which refers back: the model's files would stay open until Python finds the cycle."""
+        """Parts with the callback, which refers back: the check's files would stay open until Python finds a cycle."""
         self.callback = None
 
     def _evaluated(self, tensor: int, asked: bool, _data: Any) -> bool:
@@ -188,10 +190,10 @@ class WeightInputs:
         tokens = self._tensors.values(self._tensors.source(tensor, 1)).ravel()
         if not np.array_equal(tokens, self._decode.tokens):
             raise self._check.unsupported("inputs", "this build of llama.cpp has the tokens in another order")
-        if _EMBEDDINGS not in self._checked:
+        if not self._embedded:
             embedded = self._tensors.values(tensor)
             self._check.check_rows(_EMBEDDINGS, tokens, embedded.reshape(-1, embedded.shape[-1]))
-            self._checked.add(_EMBEDDINGS)
+            self._embedded = True
         self._decode.ordered = True
 
     def _unsupported(self, weight: str, why: str) -> EngineError:

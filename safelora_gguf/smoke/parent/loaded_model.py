@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from converters.errors import Error, LlamaError, system_reason
@@ -10,12 +10,16 @@ from safelora_gguf.smoke.parent.process import LlamaProcess
 from safelora_gguf.smoke.parent.replies import Loaded
 from safelora_gguf.smoke.protocol import AdapterChoice, ModelOptions
 
+MOST_KILLED = 3
+"""Children, one after another, that may be killed from outside while they load the same."""
+
 _Stamped = tuple[AdapterChoice, tuple[int, int, int] | None]
 
 
 class LoadedModel:
     """What llama.cpp could not load once is not tried again: the same error is raised at once. An adapter file that was
-    written anew is another adapter.
+    written anew is another adapter. A child that is killed from outside meanwhile says nothing of what it loaded: it is
+    replaced.
 
     Attributes:
         loads: how often the model was loaded.
@@ -48,14 +52,11 @@ class LoadedModel:
         if self._unloadable is not None:
             raise self._unloadable
         if self._process is None or not self._process.alive:
-            self.close()
             try:
-                self._process, self._set = self._started(), ()
-                self.loaded = self._process.load(self._options, self._timeout)
+                return self._tried(self._load)
             except Error as error:
                 self._unloadable = error
                 raise
-            self.loads += 1
         return self._process
 
     def ready(self, adapters: Sequence[AdapterChoice]) -> LlamaProcess:
@@ -64,20 +65,43 @@ class LoadedModel:
         wanted = _stamped(adapters)
         if wanted in self._unusable:
             raise self._unusable[wanted]
-        process = self.running()
-        if self._set != wanted:
-            self._set = None
-            try:
+
+        def adapted() -> LlamaProcess:
+            process = self.running()
+            if self._set != wanted:
+                self._set = None
                 process.set_adapters(adapters, self._timeout)
-            except Error as error:
+                self._set = wanted
+            return process
+
+        try:
+            return self._tried(adapted)
+        except Error as error:
+            if self._unloadable is None:
                 self._unusable[wanted] = error
-                raise
-            self._set = wanted
-        return process
+            raise
 
     def lost_at_work(self, adapters: Sequence[AdapterChoice]) -> bool:
         """After an error: the child died of what it was asked, not of its files, and did not just refuse."""
         return self.pid is None and self._unloadable is None and _stamped(adapters) not in self._unusable
+
+    def _load(self) -> LlamaProcess:
+        self.close()
+        process = self._process = self._started()
+        self._set = ()
+        self.loaded = process.load(self._options, self._timeout)
+        self.loads += 1
+        return process
+
+    def _tried(self, load: Callable[[], LlamaProcess]) -> LlamaProcess:
+        """Again, where the child is killed from outside meanwhile: where memory runs out that ends, too."""
+        for _ in range(MOST_KILLED - 1):
+            try:
+                return load()
+            except Error:
+                if self._process is None or not self._process.killed:
+                    raise
+        return load()
 
     def _started(self) -> LlamaProcess:
         try:

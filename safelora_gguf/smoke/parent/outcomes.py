@@ -62,6 +62,7 @@ class Captured:
         rows: of each reading, how many of its rows can be used: all that it keeps, or 0 where it could not be read,
             whose rows stand in the file all the same.
         errors: of each reading, why it could not be read; none at all without a file.
+        notes: what the child did otherwise than asked.
         failure: why there is no file, or what went wrong before there was one.
         complete: there is one.
     """
@@ -69,5 +70,6 @@ class Captured:
     groups: tuple[InputGroup, ...]
     rows: tuple[int, ...]
     errors: tuple[str | None, ...] = ()
+    notes: tuple[str, ...] = ()
     failure: Error | None = None
     complete: bool = True

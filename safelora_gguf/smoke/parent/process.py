@@ -20,6 +20,7 @@ from safelora_gguf.smoke.protocol import (
     Continued,
     Divergence,
     InputGroup,
+    InputShape,
     ModelOptions,
     Reading,
 )
@@ -50,6 +51,11 @@ class LlamaProcess:
     def hung(self) -> bool:
         """It was stopped because it hung."""
         return self._wire.hung
+
+    @property
+    def killed(self) -> bool:
+        """It was ended from outside while it was asked."""
+        return self._wire.killed
 
     @property
     def pid(self) -> int:
@@ -126,29 +132,34 @@ class LlamaProcess:
     def capture(
         self,
         readings: Mapping[int, Reading],
-        weights: Sequence[str],
+        weights: Mapping[str, InputShape],
         *,
         file: Path,
         patience: Patience,
-        finish: Callable[[tuple[InputGroup, ...]], None],
+        finish: Callable[[tuple[InputGroup, ...], tuple[str, ...]], None],
     ) -> Generator[tuple[int, str | None]]:
         """Reads tokens and writes the inputs of weights at the kept positions into `file`; why a reading's could not be
         captured, None where they were.
 
         Args:
-            finish: called with where the inputs stand in `file`, before the iterator ends.
+            finish: called with where the inputs stand in `file`, and with notes, before the iterator ends.
+
+        Raises:
+            ValueError: a token is none of the vocabulary.
         """
+        if max((max(one.tokens, default=0) for one in readings.values()), default=0) >= self._loaded.n_vocab:
+            raise ValueError(f"tokens that the vocabulary of {self._loaded.n_vocab} has not")
         items = [{"key": key, "tokens": one.tokens, "keep": one.keep} for key, one in readings.items()]
         request = {"do": "capture", "items": items, "weights": list(weights), "file": str(file)}
-        rows = sum(len(one.keep) for one in readings.values())
-        errors: list[str | None] = []
+        errors: dict[int, str | None] = {}
 
         def read(key: int, item: Mapping[str, Any]) -> str | None:
-            errors.append(replies.captured_in(item, len(readings[key].keep)))
-            return errors[-1]
+            errors[key] = replies.captured_in(item, len(readings[key].keep))
+            return errors[key]
 
         def last(told: object) -> None:
-            finish(replies.groups_in(told, weights, rows, file, some_read=None in errors))
+            rows = [errors[key] is None for key, one in readings.items() for _ in one.keep]
+            finish(*replies.groups_in(told, weights, file, rows))
 
         reader = _ItemReader(readings, read, last, complete=True)
         return self._items(request, "capturing inputs", patience, reader)

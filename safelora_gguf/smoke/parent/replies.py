@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_args
 
-from safelora_gguf.smoke.protocol import Answer, Continued, Divergence, FailureKind, InputGroup, Stop
+from safelora_gguf.smoke.protocol import Answer, Continued, Divergence, FailureKind, InputGroup, InputShape, Stop
 
 _ANSWER_KEYS = frozenset(field.name for field in fields(Answer))
 _CONTINUED_KEYS = frozenset(field.name for field in fields(Continued))
@@ -70,12 +70,12 @@ def loaded_in(told: object) -> Loaded:
     digest = _text(result["vocabulary"])
     if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
         raise NonsenseError("the vocabulary's digest is no sha256")
-    notes = tuple(_text(note) for note in _list(result["notes"]))
-    return Loaded(_count(result["n_vocab"], least=1), digest, _count(result["n_ctx"], least=1), notes)
+    n_vocab, n_ctx = (_count(result[key], least=1) for key in ("n_vocab", "n_ctx"))
+    return Loaded(n_vocab, digest, n_ctx, _texts(result["notes"]))
 
 
 def pieces_in(told: object, n_vocab: int) -> tuple[str, ...]:
-    pieces = tuple(_text(piece) for piece in _list(_object(told, {"pieces"})["pieces"]))
+    pieces = _texts(_object(told, {"pieces"})["pieces"])
     if len(pieces) != n_vocab:
         raise NonsenseError(f"{len(pieces)} pieces of {n_vocab} tokens")
     return pieces
@@ -121,24 +121,32 @@ def captured_in(item: Mapping[str, Any], kept: int) -> str | None:
 
 
 def groups_in(
-    told: object, weights: Collection[str], rows: int, file: Path, *, some_read: bool
-) -> tuple[InputGroup, ...]:
-    """Where the inputs of all these weights stand in the file that was written; none at all where nothing was read."""
+    told: object, weights: Mapping[str, InputShape], file: Path, read: Sequence[bool]
+) -> tuple[tuple[InputGroup, ...], tuple[str, ...]]:
+    """Where the inputs of all these weights stand in the file that was written, none at all where nothing was read; and
+    notes for the report.
+
+    Args:
+        read: of each row, whether what it is of could be read.
+    """
     from safelora_gguf.smoke.llama.capture_file import BrokenCaptureError, CaptureReader
 
-    result = _object(told, {"groups", "bytes"})
-    groups = tuple(_group(group, rows) for group in _list(result["groups"]))
+    result = _object(told, {"groups", "notes", "bytes"})
+    groups = tuple(_group(group, len(read), weights) for group in _list(result["groups"]))
     known = sorted(weight for group in groups for weight in group.weights)
-    if known != sorted(weights) and (known or some_read):
+    if known != sorted(weights) and (known or any(read)):
         raise NonsenseError("inputs of other weights than were asked for")
     try:
-        CaptureReader(file, groups)
+        reader = CaptureReader(file, groups)
+        for group in groups:
+            for experts in {weights[weight].experts for weight in group.weights}:
+                reader.check(group, read, experts)
         size = file.stat().st_size
     except (BrokenCaptureError, OSError) as error:
         raise NonsenseError(f"a file of inputs that is none: {error}") from None
     if _count(result["bytes"]) != size:
         raise NonsenseError(f"inputs of {result['bytes']} bytes in a file of {size}")
-    return groups
+    return groups, _texts(result["notes"])
 
 
 def divergence_in(item: Mapping[str, Any]) -> Divergence | None:
@@ -191,13 +199,16 @@ def _likeliest(pairs: list[Any], n_vocab: int, top: int) -> tuple[tuple[int, flo
     return tuple(found)
 
 
-def _group(told: object, rows: int) -> InputGroup:
+def _group(told: object, rows: int, known: Mapping[str, InputShape]) -> InputGroup:
     """A group of inputs, each of so many rows; whether it can be in its file is `CaptureReader`'s to say."""
     result = _object(told, _GROUP_KEYS)
-    weights = tuple(_text(weight) for weight in _list(result["weights"]))
+    weights = _texts(result["weights"])
     if _count(result["rows"]) != rows:
         raise NonsenseError(f"{result['rows']} rows where {rows} are kept")
     width, slots, used = (_count(result[key]) for key in ("width", "slots", "used"))
+    for weight in weights:
+        if weight in known and known[weight].width != width:
+            raise NonsenseError(f"inputs of {width} elements, and {weight} has {known[weight].width} columns")
     return InputGroup(weights, width, rows, slots, used, _count(result["offset"]))
 
 
@@ -228,6 +239,10 @@ def _text(told: object) -> str:
     if not isinstance(told, str):
         raise NonsenseError("no text")
     return told
+
+
+def _texts(told: object) -> tuple[str, ...]:
+    return tuple(_text(one) for one in _list(told))
 
 
 def _optional_text(told: object) -> str | None:

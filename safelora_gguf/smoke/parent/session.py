@@ -25,6 +25,7 @@ from safelora_gguf.smoke.protocol import (
     Continued,
     Divergence,
     InputGroup,
+    InputShape,
     ModelOptions,
     Reading,
 )
@@ -202,27 +203,36 @@ class Session:
         self,
         adapters: Sequence[AdapterChoice],
         readings: Sequence[Reading],
-        weights: Sequence[str],
+        weights: Mapping[str, InputShape],
         file: Path,
         *,
         tell: Tell | None = None,
     ) -> Captured:
         """Reads tokens with these adapters and writes the inputs that `weights` have at the positions that are kept
-        into `file`, which is removed where that fails twice; `capture_file` knows its format."""
+        into `file`, which is removed where that fails twice; `capture_file` knows its format.
+
+        Raises:
+            ValueError: a token is none of the vocabulary.
+        """
         found: dict[int, str | None] = {}
-        groups: list[tuple[InputGroup, ...]] = []
+        written: list[tuple[tuple[InputGroup, ...], tuple[str, ...]]] = []
+
+        def finish(groups: tuple[InputGroup, ...], notes: tuple[str, ...]) -> None:
+            written.append((groups, notes))
+
         everything = dict(enumerate(readings))
 
         def stream(process: LlamaProcess) -> Items[str | None]:
-            return process.capture(everything, weights, file=file, patience=self._patience, finish=groups.append)
+            return process.capture(everything, weights, file=file, patience=self._patience, finish=finish)
 
         first, last = self._attempts.twice(adapters, stream, found, tell)
         if last is not None:
             file.unlink(missing_ok=True)
-            return Captured((), (0,) * len(readings), (), first, complete=False)
+            return Captured((), (0,) * len(readings), failure=first, complete=False)
         errors = tuple(found[key] for key in everything)
         rows = tuple(len(one.keep) if error is None else 0 for one, error in zip(readings, errors, strict=True))
-        return Captured(groups[-1], rows, errors, first)
+        groups, notes = written[-1]
+        return Captured(groups, rows, errors, notes, first)
 
     def pieces(self) -> tuple[str, ...]:
         """The text of every token; none where the model can't be loaded or the child was lost, see `failure`."""

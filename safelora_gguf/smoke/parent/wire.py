@@ -58,6 +58,7 @@ class Wire:
     Attributes:
         file: what is at work, for messages.
         hung: it was stopped because a time limit was hit.
+        killed: it was ended from outside, as by a user or where memory ran out.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -69,6 +70,7 @@ class Wire:
         self._closed = False
         self.file: str | None = None
         self.hung = False
+        self.killed = False
 
     @property
     def alive(self) -> bool:
@@ -104,7 +106,7 @@ class Wire:
                     if kind == "bug":
                         raise _bug(message)
                     in_step = True
-                    raise _failure(kind, message, self.file)
+                    raise _failure(kind, message, request.get("file") if kind == "unwritable" else self.file)
                 value = read(reply)
                 in_step = "ok" in reply
                 yield value
@@ -161,7 +163,8 @@ class Wire:
             self._process.wait(timeout=5)
         status = self._process.poll()
         self._listener.join(timeout=2)
-        tail = () if status in _FROM_OUTSIDE else self._tail  # who is killed says nothing of why
+        self.killed = status in _FROM_OUTSIDE
+        tail = () if self.killed else self._tail  # who is killed says nothing of why
         return self._lost(llama_child.crash_message(doing, status, tail))
 
     def _lost(self, message: str) -> LlamaError:
@@ -192,7 +195,7 @@ def _failure(kind: FailureKind, message: str, file: str | None) -> Error:
     if kind == "unsupported":
         return UnsupportedError(message, file=file)
     if kind == "unwritable":
-        return WriteError(message)
+        return WriteError(message, file=file)
     return LlamaError(message, file=file)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_llama_child import WIDE, WIDTH
+from replying_child import shapes
 
 from converters.errors import LlamaError, UnsupportedError, UsageError, WriteError
 from safelora_gguf.repair.capturing import Asked, CapturedSet, CapturedSets, RangeInputs, capture_sets
@@ -56,7 +57,7 @@ def asked(prompts: Sequence[str], folds: Sequence[int] = (), tasks: tuple[bool, 
 def sets(session: Session, scratch: Path, weights: Sequence[str] = WEIGHTS, **changed: Any) -> CapturedSets:
     harmful, benign = changed.pop("harmful", asked(HARMFUL)), changed.pop("benign", asked(BENIGN, (2, 0, 1)))
     settings = {"tail": 2, "tokens": 100, **changed}
-    return capture_sets(session, harmful, benign, ADAPTER, weights, scratch=scratch, **settings)
+    return capture_sets(session, harmful, benign, ADAPTER, shapes(*weights), scratch=scratch, **settings)
 
 
 def rows(found: CapturedSet, weight: str) -> list[tuple[int, int]]:
@@ -103,6 +104,13 @@ def test_what_is_read_of_each_set(session: Session, scratch: Path, journal: Path
     assert [part.adapters for part in (*found.harmful.parts, *found.benign.parts)] == [(), (ADAPTER,), (ADAPTER,)]
     assert found.notes == ["1 of 3 harmful prompts are left out; the first: longer than the context"]
     assert found.losses == []
+
+
+def test_what_was_done_otherwise_is_noted_once(session: Session, scratch: Path) -> None:
+    """The child says it of each of the three captures."""
+    found = sets(session, scratch, [*WEIGHTS, "half"])
+    list(found.ranges())
+    assert found.notes[1:] == ["half a context"]
 
 
 def test_tasks_are_a_part_of_their_own(session: Session, scratch: Path) -> None:
@@ -259,7 +267,7 @@ def test_what_fails_half_way_leaves_no_file_and_is_captured_by_the_next_use(
         if adapters:
             return capture(own, adapters, *args, **named)
         assert len(list(scratch.iterdir())) == 2
-        return Captured((), (), (), WriteError("no room"), complete=False)
+        return Captured((), (), failure=WriteError("no room"), complete=False)
 
     with monkeypatch.context() as patched:
         patched.setattr(Session, "capture", failing)

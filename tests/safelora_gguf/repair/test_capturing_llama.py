@@ -15,7 +15,7 @@ from safelora_gguf.repair.captured_sets import Taken
 from safelora_gguf.repair.capturing import Asked, CapturedSet, CapturedSets, capture_sets
 from safelora_gguf.smoke.parent.session import Session, ask
 from safelora_gguf.smoke.prompts import load_prompts
-from safelora_gguf.smoke.protocol import AdapterChoice, ModelOptions
+from safelora_gguf.smoke.protocol import AdapterChoice, InputShape, ModelOptions
 
 llama_cpp = pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.llama
@@ -27,6 +27,11 @@ HARMFUL = [prompt.prompt for prompt in PROMPTS if prompt.kind == "harmful"][:6]
 OTHERS = [prompt for prompt in PROMPTS if prompt.kind != "harmful"][::9]
 BENIGN, TASKS = [prompt.prompt for prompt in OTHERS], tuple(prompt.kind == "task" for prompt in OTHERS)
 QUERY, DOWN = "blk.0.attn_q.weight", "blk.2.ffn_down.weight"
+SHAPES = {
+    tensor.name: InputShape(int(tensor.shape[0]))
+    for tensor in gguf.GGUFReader(MODEL).tensors
+    if tensor.name in (QUERY, DOWN)
+}
 OPTIONS = ModelOptions(str(MODEL), max_tokens=12)
 
 
@@ -50,7 +55,7 @@ def sets(session: Session, adapter: AdapterChoice, scratch: Path, *, most_bytes:
     )
     scratch.mkdir(exist_ok=True)
     return capture_sets(
-        session, harmful, benign, adapter, [QUERY, DOWN], scratch=scratch, tokens=60, tail=9, most_bytes=most_bytes
+        session, harmful, benign, adapter, SHAPES, scratch=scratch, tokens=60, tail=9, most_bytes=most_bytes
     )
 
 
@@ -121,7 +126,7 @@ def freshly(taken: Taken, adapters: tuple[AdapterChoice, ...], tmp_path: Path) -
     parts = []
     with Session(OPTIONS) as fresh:
         for reading in taken.readings:
-            found = fresh.capture(adapters, [reading], [DOWN], tmp_path / "alone")
+            found = fresh.capture(adapters, [reading], {DOWN: SHAPES[DOWN]}, tmp_path / "alone")
             assert found.complete
             raw = np.fromfile(tmp_path / "alone", "<f2")
             (group,) = found.groups

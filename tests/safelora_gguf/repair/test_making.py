@@ -87,7 +87,7 @@ def test_refused_harmful_prompts_are_read_and_all_others_each_with_its_fold(
         tuple(PROMPTS[place].kind == "task" for place in (1, 2, 4, 6)),
     )
     assert adapter == AdapterChoice(str(tmp_path / "adapter.gguf"))
-    assert weights == inputs.weights
+    assert tuple(weights) == inputs.weights
     assert (options["tail"], options["tokens"], options["seed"]) == (5, 2048, 0)
     assert options["task_share"] == 0.8
     assert options["scratch"].parent == tmp_path

@@ -65,7 +65,7 @@ def capture(tmp_path: Path) -> Capture:
             told[key] = rows, error
 
         file = tmp_path / f"inputs-{len(list(tmp_path.iterdir()))}"
-        groups = engine.capture(dict(enumerate(readings)), weights, lambda: None, done, file=file)
+        groups, _ = engine.capture(dict(enumerate(readings)), weights, lambda: None, done, file=file)
         return Captures(groups, told, CaptureReader(file, groups))
 
     return captured

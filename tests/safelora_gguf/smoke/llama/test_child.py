@@ -111,7 +111,9 @@ def test_continuing_and_capturing(child: Child, tmp_path: Path) -> None:
     assert "'llama', has no weight blk.9.attn_k.weight" in failed["failed"]["message"]
     (failed,) = child.ask("capture", items=readings, weights=weights, file=str(tmp_path / "none" / "inputs"))
     assert failed["failed"]["kind"] == "unwritable"
-    assert child.ask("capture", items=[], weights=weights, file=inputs) == [{"ok": {"groups": [], "bytes": 0}}]
+    assert child.ask("capture", items=[], weights=weights, file=inputs) == [
+        {"ok": {"groups": [], "notes": [], "bytes": 0}}
+    ]
 
 
 def test_what_fails_leaves_the_child_alive(child: Child, tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ quantized ones; the first norm of an embedding in float64; files that don't belo
 
 from __future__ import annotations
 
+import gc
+import re
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,53 +15,20 @@ import gguf
 import numpy as np
 import pytest
 from llama_models import Kind, write_random
+from weight_readings import ATTENTION, START, WEIGHTS, changed, error, readings
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
 from safelora_gguf import convert_model  # noqa: E402
-from safelora_gguf.smoke.llama import decoding  # noqa: E402 - these import llama_cpp
-from safelora_gguf.smoke.llama.capture_file import CaptureWriter  # noqa: E402
-from safelora_gguf.smoke.llama.capturing import Capturing  # noqa: E402
-from safelora_gguf.smoke.llama.errors import EngineError  # noqa: E402
-from safelora_gguf.smoke.llama.ggml_tensors import GgmlTensors  # noqa: E402
-from safelora_gguf.smoke.llama.weight_check import WeightCheck, cosine, dequantized  # noqa: E402
-from safelora_gguf.smoke.protocol import AdapterChoice, ModelOptions, Reading  # noqa: E402
+from safelora_gguf.smoke.llama import capturing as capturing_module  # noqa: E402 - these import llama_cpp
+from safelora_gguf.smoke.llama import context, decoding, weight_inputs  # noqa: E402
+from safelora_gguf.smoke.llama.weight_check import WeightCheck  # noqa: E402
+from safelora_gguf.smoke.llama.weight_inputs import WeightInputs  # noqa: E402
+from safelora_gguf.smoke.protocol import AdapterChoice, Reading  # noqa: E402
 
 pytestmark = pytest.mark.llama
 
 FAMILY = Path(__file__).parents[4] / "safelora_gguf" / "tiny_family"
-ATTENTION = ["blk.1.attn_q.weight", "blk.1.attn_k.weight", "blk.1.attn_output.weight"]
-FEED_FORWARD = ["blk.2.ffn_gate.weight", "blk.2.ffn_up.weight", "blk.2.ffn_down.weight"]
-STATE = [
-    "blk.0.ssm_in.weight",
-    "blk.2.ssm_in.weight",
-    "blk.2.ssm_x.weight",
-    "blk.2.ssm_dt.weight",
-    "blk.2.ssm_out.weight",
-]
-WEIGHTS: dict[Kind, list[str]] = {
-    "llama": ATTENTION + FEED_FORWARD,
-    "gemma3": ATTENTION + FEED_FORWARD,
-    "mamba": STATE,
-    "jamba": STATE + ATTENTION + FEED_FORWARD,
-}
-START = (5, 90, 41, 260, 77)
-
-
-def readings(lengths: Sequence[int], start: Sequence[int] = START, *, seed: int = 3) -> list[Reading]:
-    """Sequences of one beginning, every third token kept of the even ones, the last five of the others."""
-    random = np.random.default_rng(seed)
-    found = []
-    for number, length in enumerate(lengths):
-        tokens = (*start, *random.integers(3, 340, length).tolist())
-        keep = range(number % 3, len(tokens), 3) if number % 2 == 0 else range(len(tokens) - 5, len(tokens))
-        found.append(Reading(tokens, tuple(keep)))
-    return found
-
-
-def error(found: Any, expected: Any) -> float:
-    assert found.shape == expected.shape
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "mamba", "jamba"])
@@ -131,6 +101,34 @@ def test_split_models_are_checked_too(engine: Any, capture: Any, tmp_path: Path)
         assert error(found[0].inputs(weight), found[1].inputs(weight)) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["llama", "mamba"])
+def test_the_graph_ends_behind_the_last_weight(
+    kind: Kind, engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the same with the whole graph computed, to the byte, over several decodes of one context. llama.cpp calls
+    its logits result_output; they are still there where the output matrix itself is watched."""
+    loaded = engine(write_random(tmp_path / "m.gguf", kind, context=1024))
+    read = dict(enumerate(readings([3, 40, 290, 9, 17, 60, 120])))
+    seen: list[str] = []
+    wanted = WeightInputs._wanted
+    monkeypatch.setattr(
+        WeightInputs, "_wanted", lambda self, tensor: seen.append(self._tensors.name(tensor)) or wanted(self, tensor)
+    )
+    files, computed = [tmp_path / name for name in ("ended", "whole", "output")], []
+    for file, name, weights in (
+        (files[0], "result_norm", WEIGHTS[kind]),
+        (files[1], "nothing", WEIGHTS[kind]),
+        (files[2], "result_norm", [*WEIGHTS[kind], "output.weight"]),
+    ):
+        monkeypatch.setattr(weight_inputs, "_FINAL_NORM", name)
+        seen.clear()
+        loaded.capture(read, weights, lambda: None, lambda *_told: None, file=file)
+        computed.append("result_output" in seen)
+    assert computed == [False, True, True]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[2].read_bytes().startswith(files[0].read_bytes()[:1000])
+
+
 def test_an_adapter_counts_while_it_is_set(engine: Any, capture: Any, tiny: Any, tmp_path: Path) -> None:
     """It changes what comes after it, not its own weight's input; without it all is as before."""
     loaded = engine(tiny.model(tmp_path / "m.gguf"))
@@ -145,15 +143,6 @@ def test_an_adapter_counts_while_it_is_set(engine: Any, capture: Any, tiny: Any,
     np.testing.assert_array_equal(own, adapted_own)
     assert error(adapted_after, after) > 0.01
     np.testing.assert_array_equal(again, [own, after])
-
-
-def changed(file: Path, name: str, change: Any) -> Path:
-    """The file with a tensor's values changed in place."""
-    reader = gguf.GGUFReader(file, "r+")
-    (tensor,) = (tensor for tensor in reader.tensors if tensor.name == name)
-    change(tensor.data)
-    tensor.data.flush()
-    return file
 
 
 def test_inputs_beyond_half_precision(engine: Any, capture: Any, tmp_path: Path) -> None:
@@ -192,169 +181,86 @@ def test_inputs_that_are_not_numbers_are_told(engine: Any, capture: Any, tmp_pat
     assert capture(loaded, read[:1], WEIGHTS["llama"]).told == {0: (2, None)}
 
 
+def test_one_reading_of_many_that_is_not_numbers_takes_none_along(engine: Any, capture: Any, tmp_path: Path) -> None:
+    """Oracle: each alone. What shares its decodes or comes into its cells is spoilt, and is read once more."""
+    file = write_random(tmp_path / "m.gguf", "llama", context=1024)
+    loaded = engine(changed(file, "token_embd.weight", lambda values: values[300].fill(np.nan)))
+    tokens = np.random.default_rng(0).integers(3, 290, (40, 30))
+    tokens[2, 15] = 300
+    read = [Reading(tuple(map(int, row)), tuple(range(10, 30))) for row in tokens]
+    found = capture(loaded, read, WEIGHTS["llama"])
+    assert [key for key, (_, why) in found.told.items() if why is not None] == [2]
+    assert "not numbers" in found.told[2][1]
+    for weight in WEIGHTS["llama"]:
+        alone = np.concatenate([capture(loaded, [one], [weight]).inputs(weight) for one in (read[0], read[3])])
+        together = found.inputs(weight).reshape(40, 20, -1)
+        assert error(together[[0, 3]].reshape(alone.shape), alone) < 1e-3
+        assert not together[2].any()
+
+
+def test_a_decode_that_fails_costs_its_own_reading_alone(
+    engine: Any, capture: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = engine(write_random(tmp_path / "m.gguf", "llama", context=1024))
+    decode, read = decoding.lib.llama_decode, [Reading((5 + key, 9, 77 if key == 4 else 8), (1, 2)) for key in range(9)]
+
+    def failing(context: Any, batch: Any) -> int:
+        return 1 if 77 in batch.token[: batch.n_tokens] else decode(context, batch)
+
+    monkeypatch.setattr(decoding.lib, "llama_decode", failing)
+    told = capture(loaded, read, WEIGHTS["llama"]).told
+    assert "llama_decode returned 1" in told.pop(4)[1]
+    assert told == dict.fromkeys((0, 1, 2, 3, 5, 6, 7, 8), (2, None))
+
+
+@pytest.mark.parametrize(("most", "note"), [(4096, None), (450, "of 608 tokens for 3 prompts .* with 304 for 1")])
+def test_a_context_has_room_for_what_is_read_and_little_more(
+    most: int, note: str | None, *, engine: Any, capture: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where llama.cpp makes none as large as that: it is made for fewer, and all are read all the same."""
+    made: list[int] = []
+    init = context.lib.llama_init_from_model
+    loaded = engine(write_random(tmp_path / "m.gguf", "llama", context=1024))
+    expected = [(len(reading.keep), None) for reading in readings([301, 200, 96])]
+
+    def limited(model: Any, params: Any) -> Any:
+        made.append(params.n_ctx)
+        return init(model, params) if params.n_ctx <= most else None
+
+    monkeypatch.setattr(context.lib, "llama_init_from_model", limited)
+    told: dict[int, Any] = {}
+    _, notes = loaded.capture(
+        dict(enumerate(readings([301, 200, 96]))), ATTENTION, lambda: None,
+        lambda key, *heard: told.__setitem__(key, heard), file=tmp_path / "inputs",
+    )  # fmt: skip
+    assert [told[key] for key in range(3)] == expected
+    assert made[0] == 304 + 205 + 99 and made[-1] <= most  # to the last kept token of each
+    assert (notes == ()) if note is None else re.search(note, *notes), notes
+
+
+def test_a_check_ends_with_its_capture(
+    engine: Any, capture: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the model's files open. Oracle: Python's count of references, without its search for cycles."""
+    checks: list[Any] = []
+
+    class Noted(WeightCheck):
+        def __init__(self, model: str) -> None:
+            super().__init__(model)
+            checks.append(weakref.ref(self))
+
+    monkeypatch.setattr(capturing_module, "WeightCheck", Noted)
+    loaded = engine(write_random(tmp_path / "m.gguf", "llama"))
+    gc.disable()
+    try:
+        capture(loaded, readings([9]), ATTENTION)
+        assert [check() for check in checks] == [None]
+    finally:
+        gc.enable()
+
+
 def test_a_reading_that_takes_too_long_is_given_up(engine: Any, capture: Any, tmp_path: Path) -> None:
     loaded = engine(write_random(tmp_path / "m.gguf", "llama", context=1024), prompt_seconds=1e-9)
     found = capture(loaded, [Reading((4,) * 3, (1, 2)), Reading((3,) * 700, (0, 699))], WEIGHTS["llama"])
     assert found.told == {0: (2, None), 1: (0, "reading it took more than 1e-09 s")}
     assert (found.inputs("blk.1.attn_q.weight")[2:] == 0).all()
-
-
-@pytest.mark.parametrize(
-    ("weights", "told"),
-    [
-        (["blk.1.attn_q.weight", "blk.7.attn_q.weight"], "'llama', has no weight blk.7.attn_q.weight"),
-        (["blk.1.attn_q.weight", "blk.1.attn_norm.weight"], "blk.1.attn_norm.weight can't be captured .* 'llama'"),
-    ],
-)
-def test_a_weight_that_no_product_takes_is_refused(
-    weights: list[str], told: str, engine: Any, capture: Any, tmp_path: Path
-) -> None:
-    loaded = engine(write_random(tmp_path / "m.gguf", "llama"))
-    with pytest.raises(EngineError, match=told) as caught:
-        capture(loaded, readings([9]), weights)
-    assert caught.value.kind == "unsupported"
-    assert capture(loaded, readings([9]), weights[:1]).told == {0: (5, None)}  # it lives on
-
-
-@pytest.mark.parametrize("wrong", ["blk.1.attn_q.weight", "blk.2.ffn_down.weight"])
-def test_a_weight_that_is_another_than_the_files_is_refused(wrong: str, engine: Any, log: Any, tmp_path: Path) -> None:
-    """The file that is checked against has one weight's values reversed."""
-    file, other = (write_random(tmp_path / name, "llama") for name in ("m.gguf", "other.gguf"))
-    changed(other, wrong, lambda values: np.copyto(values, values[::-1].copy()))
-    loaded = engine(file)
-    told: list[Any] = []
-    for checked, weights in (
-        (file, WEIGHTS["llama"]),
-        (other, [weight for weight in WEIGHTS["llama"] if weight != wrong]),
-    ):
-        capturing(loaded, checked, log, weights).run(
-            {0: readings([9])[0]}, tmp_path / "inputs", lambda: None, lambda *heard: told.append(heard)
-        )
-    with pytest.raises(EngineError, match=f"{wrong} .*'llama'.* otherwise than expected") as caught:
-        capturing(loaded, other, log, WEIGHTS["llama"]).run(
-            {0: readings([9])[0]}, tmp_path / "inputs", lambda: None, lambda *heard: told.append(heard)
-        )
-    assert (caught.value.kind, told) == ("unsupported", [(0, 5, None)] * 2)
-
-
-def capturing(loaded: Any, file: Path, log: Any, weights: Sequence[str]) -> Capturing:
-    return Capturing(loaded.model.pointer, ModelOptions(str(file)), log, (), weights)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        (lambda values: values[..., ::-1], "cosine of -?0"),
-        (lambda values: values[..., ::-1, :], "another order|cosine of -?0"),
-        (lambda values: values[..., :-1, :], "tokens in another order|rows for"),
-    ],
-    ids=["elements", "rows", "one row less"],
-)
-def test_tensors_read_wrong_are_refused(
-    wrong: Any, told: str, *, engine: Any, capture: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = engine(write_random(tmp_path / "m.gguf", "llama"))
-    right = GgmlTensors.values
-
-    def values(self: GgmlTensors, tensor: int) -> Any:
-        found = right(self, tensor)
-        return wrong(found) if found.dtype == np.float32 else found
-
-    monkeypatch.setattr(GgmlTensors, "values", values)
-    with pytest.raises(EngineError, match=told):
-        capture(loaded, readings([9]), WEIGHTS["llama"])
-
-
-def test_tokens_in_another_order_are_refused(
-    engine: Any, capture: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The batch is told in another order than llama.cpp gets it in."""
-    loaded = engine(write_random(tmp_path / "m.gguf", "llama"))
-    monkeypatch.setattr(decoding.Batch, "tokens", property(lambda self: list(self._tokens[: self.count])[::-1]))
-    with pytest.raises(EngineError, match="tokens in another order"):
-        capture(loaded, readings([9]), WEIGHTS["llama"])
-
-
-@pytest.mark.parametrize("kind", ["mamba", "jamba"])
-def test_recurrent_models_read_together_would_be_refused(
-    kind: Kind, engine: Any, capture: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """llama.cpp orders tokens its own way there, or cuts the batch: not one row is taken for another's."""
-    from safelora_gguf.smoke.llama import capturing as module
-
-    loaded = engine(write_random(tmp_path / "m.gguf", kind, context=1024))
-    monkeypatch.setattr(module, "_reorders", lambda _model: False)
-    with pytest.raises(EngineError, match="tokens in another order"):
-        capture(loaded, readings([3, 40, 29, 9]), WEIGHTS[kind])
-
-
-@pytest.mark.parametrize(
-    ("raised", "expected"),
-    [
-        (OSError("no space left"), EngineError),
-        (RuntimeError("a bug"), RuntimeError),
-        (KeyboardInterrupt(), KeyboardInterrupt),
-    ],
-)
-def test_what_is_raised_within_the_callback_comes_out_behind_the_decode(
-    raised: BaseException, expected: type[BaseException], *, engine: Any, capture: Any, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    loaded = engine(write_random(tmp_path / "m.gguf", "llama"))
-
-    def put(*_given: Any) -> None:
-        raise raised
-
-    with monkeypatch.context() as patched:
-        patched.setattr(CaptureWriter, "put", put)
-        with pytest.raises(expected) as caught:
-            capture(loaded, readings([9]), WEIGHTS["llama"])
-    assert not isinstance(caught.value, EngineError) or caught.value.kind == "unwritable"
-    assert capture(loaded, readings([9]), WEIGHTS["llama"]).told == {0: (5, None)}
-
-
-def test_a_file_that_cannot_be_made(engine: Any, tmp_path: Path) -> None:
-    loaded = engine(write_random(tmp_path / "m.gguf", "llama"))
-    with pytest.raises(EngineError, match="can't be written") as caught:
-        loaded.capture({0: readings([9])[0]}, ATTENTION, lambda: None, print, file=tmp_path / "none" / "inputs")
-    assert caught.value.kind == "unwritable"
-
-
-@pytest.mark.parametrize("qtype", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_NL"])
-def test_weights_are_dequantized_as_gguf_py_does(qtype: str) -> None:
-    kind = gguf.GGMLQuantizationType[qtype]
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    stored = np.random.default_rng(2).integers(0, 60, (5, 2048 // block * size), np.uint8)
-    np.testing.assert_array_equal(dequantized(stored, kind), gguf.quants.dequantize(stored, kind))
-
-
-def test_a_type_that_nobody_reads_is_refused() -> None:
-    """Oracle: the gguf package's list of types, which has no such number."""
-    with pytest.raises(EngineError, match="type 9999"):
-        dequantized(np.zeros((1, 32), np.uint8), 9999)
-
-
-def test_an_expert_is_checked_with_its_own_rows(tmp_path: Path) -> None:
-    """Products in float64; the wrong expert's is another, and so is one of fewer numbers."""
-    random = np.random.default_rng(0)
-    stack, x = random.normal(size=(3, 20, 8)).astype(np.float32), random.normal(size=(4, 8)).astype(np.float32)
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "odd")
-    writer.add_tensor("stack", stack)
-    for write in (
-        writer.write_header_to_file,
-        writer.write_kv_data_to_file,
-        writer.write_tensors_to_file,
-        writer.close,
-    ):
-        write()
-    check = WeightCheck(str(tmp_path / "m.gguf"))
-    experts = np.array([2, 0, 2, 1])
-    outputs = np.einsum("nk,nok->no", x.astype(np.float64), stack[experts])
-    check.check("stack", x, outputs, experts)
-    for wrong in ((x, outputs, experts[::-1]), (x, outputs[:, 1:], experts), (x, outputs, None)):
-        with pytest.raises(EngineError, match=r"stack .*'odd'"):
-            check.check("stack", *wrong)
-    assert (cosine([0.0], [0.0]), cosine([0.0], [1.0]), cosine([np.nan], [1.0])) == (1.0, 0.0, 0.0)
-    with pytest.raises(EngineError) as caught:
-        WeightCheck(str(tmp_path / "none.gguf"))
-    assert caught.value.kind == "rejected"

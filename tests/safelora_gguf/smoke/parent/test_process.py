@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from fake_llama_child import PIECES, VOCABULARY, WIDTH
-from replying_child import loaded, replying
+from replying_child import loaded, replying, shapes
 
 from converters.errors import LlamaError, MissingLlamaError, UnsupportedError, WriteError
 from safelora_gguf.smoke.parent.process import CHILD_COMMAND, LlamaProcess
@@ -116,7 +116,12 @@ def test_everything_a_child_can_be_asked(fake: tuple[str, ...], tmp_path: Path) 
         )
         reading, groups = {4: Reading((0, 1), (1,))}, list[tuple[InputGroup, ...]]()
         inputs = tmp_path / "inputs"
-        assert dict(process.capture(reading, ["w"], file=inputs, patience=PATIENCE, finish=groups.append)) == {4: None}
+
+        def finish(found: tuple[InputGroup, ...], notes: tuple[str, ...]) -> None:
+            groups.append(found)
+            assert notes == ()
+
+        assert dict(process.capture(reading, shapes("w"), file=inputs, patience=PATIENCE, finish=finish)) == {4: None}
         assert groups == [(InputGroup(("w",), WIDTH, 1, 1, 0, 0),)]
         assert process.alive
 
@@ -143,6 +148,18 @@ def test_what_a_child_says_has_failed(tmp_path: Path, kind: str, error: type[Exc
         with pytest.raises(error):
             answers(process)
         assert process.alive
+
+
+def test_a_file_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+    """It is the one that was to be written, not the adapter that was loaded last."""
+    reply = json.dumps({"failed": {"kind": "unwritable", "message": "no"}})
+    file = tmp_path / "inputs"
+    with loaded(replying(tmp_path, reply)) as process, pytest.raises(WriteError, match=r"inputs: no$") as caught:
+        stream = process.capture(
+            {4: Reading((0,), (0,))}, shapes("w"), file=file, patience=PATIENCE, finish=lambda *_found: None
+        )
+        dict(stream)
+    assert str(caught.value.file) == str(file)
 
 
 def item(key: Any, **changed: Any) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fake_llama_child import PIECES, VOCABULARY, WIDE, WIDTH
+from replying_child import shapes
 
 from converters.errors import LlamaError, MissingLlamaError
 from safelora_gguf.smoke.parent.session import Answered, Limits, Session, ask
@@ -243,7 +244,7 @@ def test_a_prompt_that_kills_while_it_is_continued_is_told_alone(session: Sessio
 def test_inputs_are_captured_where_they_are_said_to_be(session: Session, tmp_path: Path) -> None:
     file, seen = tmp_path / "inputs", list[int]()
     weights = ["blk.0.attn_q.weight", "blk.0.attn_v.weight", "blk.0.ffn_down.weight"]
-    found = session.capture((AdapterChoice("a.gguf"),), READINGS, weights, file, tell=seen.append)
+    found = session.capture((AdapterChoice("a.gguf"),), READINGS, shapes(*weights), file, tell=seen.append)
     end = 3 * (2 * WIDTH + 4)
     assert found.groups == (
         InputGroup(("blk.0.attn_q.weight", "blk.0.attn_v.weight"), WIDTH, 3, 1, 0, 0),
@@ -253,7 +254,7 @@ def test_inputs_are_captured_where_they_are_said_to_be(session: Session, tmp_pat
 
 
 def test_a_reading_that_failed_has_no_rows_to_be_used(session: Session, tmp_path: Path) -> None:
-    found = session.capture((), READINGS, ["unread-0"], tmp_path / "inputs")
+    found = session.capture((), READINGS, shapes("unread-0"), tmp_path / "inputs")
     assert (found.rows, found.errors, found.complete) == ((0, 1, 0), ("no", None, None), True)
     assert found.groups[0].rows == 3
 
@@ -262,11 +263,11 @@ def test_inputs_are_captured_once_more_after_a_loss_and_removed_after_two(
     session: Session, tmp_path: Path, journal: Path
 ) -> None:
     adapters = (AdapterChoice("a.gguf"),)
-    again = session.capture(adapters, READINGS, ["first-segv"], tmp_path / "again")
+    again = session.capture(adapters, READINGS, shapes("first-segv"), tmp_path / "again")
     assert again.complete and again.rows == (2, 1, 0) and "SIGSEGV" in str(again.failure)
     assert journal.read_text().splitlines() == ["load", "adapters", "capture 0 1 2"] * 2
     (tmp_path / "never").write_text("of an earlier attempt")
-    never = session.capture(adapters, READINGS, ["segv"], tmp_path / "never")
+    never = session.capture(adapters, READINGS, shapes("segv"), tmp_path / "never")
     assert (never.complete, never.rows, never.groups) == (False, (0, 0, 0), ())
     assert "crashed while capturing inputs (SIGSEGV)" in str(never.failure)
     assert not (tmp_path / "never").exists()
@@ -275,9 +276,57 @@ def test_inputs_are_captured_once_more_after_a_loss_and_removed_after_two(
 def test_inputs_that_llama_cpp_does_not_give_are_asked_for_once(
     session: Session, tmp_path: Path, journal: Path
 ) -> None:
-    found = session.capture((), READINGS, ["reject"], tmp_path / "inputs")
+    found = session.capture((), READINGS, shapes("reject"), tmp_path / "inputs")
     assert not found.complete and "wrong shape" in str(found.failure)
     assert journal.read_text().splitlines() == ["load", "capture 0 1 2"]
+
+
+def test_a_capture_tells_what_was_done_otherwise(session: Session, tmp_path: Path) -> None:
+    assert session.capture((), READINGS, shapes("half"), tmp_path / "inputs").notes == ("half a context",)
+
+
+@pytest.mark.parametrize(
+    ("readings", "weights"),
+    [([], ["w"]), (READINGS[2:], ["w"]), ([*READINGS[2:], READINGS[0]], ["w", "unread-1"])],
+    ids=["no readings", "nothing kept", "what is kept unread"],
+)
+def test_a_child_that_kept_nothing_is_no_loss(
+    readings: list[Reading], weights: list[str], session: Session, tmp_path: Path
+) -> None:
+    """The child says that it has no groups, as one does that read nothing."""
+    found = session.capture((), readings, shapes(*weights, "nothing"), tmp_path / "inputs")
+    assert (found.failure, found.complete, found.groups, session.loads) == (None, True, (), 1)
+
+
+def test_tokens_of_no_vocabulary_are_refused_at_the_door(session: Session, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the vocabulary of 3"):
+        session.capture((), [Reading((0, 3), (0,))], shapes("w"), tmp_path / "inputs")
+    assert session.capture((), [Reading((0, 2), (0,))], shapes("w"), tmp_path / "inputs").complete
+    assert session.loads == 1
+
+
+@pytest.mark.parametrize("keep", [(2, 0), (1, 1), (-1,), (0, 3)], ids=["descending", "twice", "negative", "beyond"])
+def test_positions_that_can_not_be_kept_are_refused(keep: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="position"):
+        Reading((0, 1, 2), keep)
+    with pytest.raises(ValueError, match="a token below 0"):
+        Reading((0, -1, 2), (1,))
+
+
+@pytest.mark.parametrize(("model", "answered"), [("killed-2", True), ("killed-3", False)])
+def test_a_child_that_is_killed_while_it_loads_again_is_replaced(journal: Path, model: str, answered: bool) -> None:
+    """From outside, that is, which says nothing of the model; after three times in a row nobody tries any more."""
+    with new_session(journal, model) as session:
+        assert texts(asked(session, "a")) == [REFUSAL]
+        assert session.pid is not None
+        os.kill(session.pid, signal.SIGKILL)
+        while session.pid is not None:
+            time.sleep(0.01)
+        assert texts(asked(session, "a")) == [REFUSAL if answered else None]
+        loads = journal.read_text().count("load")
+        assert loads == 4
+        assert texts(asked(session, "a")) == [REFUSAL if answered else None]
+        assert journal.read_text().count("load") == loads
 
 
 def test_divergences_that_came_before_a_loss_are_kept(session: Session, tmp_path: Path) -> None:
