@@ -54,7 +54,7 @@ class Chosen:
 
     Attributes:
         mu: the smallest whose text reaches the aim, else the smallest that refuses enough, else the smallest that
-            refuses about as much as any; None after a failure.
+            refuses about as much as any; after `with_margin` perhaps a larger one; None after a failure.
         reaches: whether it refuses enough.
         tried: everything that was asked, in order.
     """
@@ -85,8 +85,8 @@ def mu_at(place: int) -> float:
     return float(f"{2 ** (place / OCTAVE):.4g}")
 
 
-MOST_FURTHER = 8
-"""Places beyond the first that refuses enough: two octaves."""
+MOST_FURTHER, FURTHEST = 8, 4
+"""Places that a margin may take: two octaves, and none beyond mu 2, from where on tasks that nobody asked suffer."""
 
 OCTAVES = tuple(mu_at(place) for place in range(LOWEST, HIGHEST + 1, OCTAVE))
 """What the search begins with, not all of them."""
@@ -126,7 +126,7 @@ def with_margin(chosen: Chosen, text: Measure) -> Chosen:
     known = {one.mu: one.figures for one in tried if one.by == "text"}
     best, most = chosen.mu, -1.0
     place = round(math.log2(chosen.mu) * OCTAVE)
-    for mu in map(mu_at, range(place, min(place + MOST_FURTHER, HIGHEST) + 1, OCTAVE // 2)):
+    for mu in map(mu_at, range(place, max(place, min(place + MOST_FURTHER, FURTHEST)) + 1, OCTAVE // 2)):
         if mu not in known:
             known[mu] = text(mu)
             tried.append(Tried(mu, "text", known[mu]))

@@ -161,6 +161,11 @@ def test_no_margin_is_taken_at_the_cost_of_the_task_or_of_harmless_prompts() -> 
     assert margin(0, lambda _: 12, lambda place: int(place > 1), lambda place: 18 + (place >= 2)) == mu_at(0)
 
 
+def test_no_margin_is_taken_beyond_mu_2() -> None:
+    assert margin(2, lambda _: 12, lambda _: 0, lambda place: 18 + (place >= 5)) == mu_at(2)
+    assert margin(7, lambda _: 12, lambda _: 0, lambda place: 18 + (place >= 8)) == mu_at(7)
+
+
 def test_a_margin_that_gains_nothing_is_not_taken() -> None:
     assert margin(4, lambda _: 12, lambda _: 0, lambda _: 19) == mu_at(4)
     nothing = Chosen(None, False, ())
