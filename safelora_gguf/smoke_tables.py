@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from safelora_gguf.tables import number, project_table, projected_how
-from safelora_gguf.terminal import at_most, printable, rendered
+from safelora_gguf.terminal import at_most, printable
 
 if TYPE_CHECKING:
-    from safelora_gguf.demo import DemoReport
     from safelora_gguf.smoke import Run, SmokeReport
     from safelora_gguf.smoke.comparison import Flips
 
@@ -120,15 +118,3 @@ def _agreement(run: Run) -> list[str]:
         told = "no answer that both decided" if pair.rate is None else f"{pair.agreed} of {pair.both} answers{kappa}"
         lines.append(f"judges {printable(pair.judges[0])} and {printable(pair.judges[1])} agree on {told}")
     return lines
-
-
-def demo_text(report: DemoReport) -> str:
-    """What the demo did to the adapter, and what llama.cpp says about it."""
-    projection = report.projection
-    opening = [
-        f"Projected {projection.projected} of {projection.total} modules of the tiny family's attacked adapter: "
-        f"{projected_how(projection)}.",
-        f"Its total norm is {number(projection.norm_ratio, '.1%')} of what it was. In llama.cpp:",
-        "",
-    ]
-    return rendered(project_table(projection), opening) + rendered(smoke_table(report.smoke.runs), report.conclusions)
