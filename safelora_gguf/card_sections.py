@@ -19,6 +19,7 @@ _WARNING = "Measure what it refuses before relying on it."
 _FLOATS = frozenset({"f32", "f16", "bf16", "keep", "auto"})
 _KINDS = ("harmful", "borderline", "benign", "task")
 _MOST_NAMES = 12
+_OF_REPAIR = ("tokens", "tail", "task share")
 
 METHODS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "project": ("A LoRA adapter, projected onto its model's alignment with Safe LoRA (arXiv 2405.16833).",
@@ -95,6 +96,7 @@ def settings(report: Mapping[str, Any]) -> dict[str, Fact]:
         "tolerance": report.get("tolerance"),
         "mu": report.get("mu"),
         "eps": report.get("eps"),
+        **({key: report.get(key.replace(" ", "_")) for key in _OF_REPAIR} if report.get("command") == "repair" else {}),
         "type": report.get("outtype"),
     }
     return {key: value for key, value in found.items() if isinstance(value, str | int | float)}
@@ -177,6 +179,7 @@ def measured(smoke: Mapping[str, Any] | None, *, of_output: bool = True) -> Sect
         f"{prompts.get('version')} ({', '.join(counts)}), by the judge {smoke.get('judge')}. The last run decides; by "
         f"{_bounds(smoke.get('bounds'))}, the verdict is: {smoke.get('verdict')}.",
         *_calibrated(smoke),
+        *_task_unmeasured(smoke),
         *((f"Measured on files made of this output: {', '.join(files)}.",) if not of_output else ()),
         *_controlled(smoke.get("controls")),
         "These are rates over these prompts by this judge, 95 % intervals in brackets; other prompts may be answered "
@@ -201,11 +204,28 @@ def _calibrated(smoke: Mapping[str, Any]) -> tuple[str, ...]:
     if smoke.get("command") != "repair" or not isinstance(prompts, dict):
         return ()
     if not prompts.get("judging"):
-        told = "The same prompts calibrated the repair; where they could be dealt out, each was answered with one made "
-        return (f"{told}without it.",)
+        return _SAME.get(str(smoke.get("judged_by")), ()) if smoke.get("mu") is not None else ()
     made = prompts.get("calibration")
     found = made if isinstance(made, dict) else {}
     return (f"The repair was calibrated on others: {found.get('name')}, version {found.get('version')}.",)
+
+
+_SAME: Mapping[str, tuple[str, ...]] = {
+    "cross-fitting": (
+        "The run repaired is an estimate by cross-fitting: the same prompts calibrated the adapter, so each was "
+        "answered with one that was repaired without it and its fold, not with this one. This one was asked in the run "
+        "repaired, on prompts that calibrated it, which flatters it.",
+    ),
+    "calibration prompts": ("The same prompts calibrated the repair, which flatters its figures.",),
+}
+"""By what judged a repair."""
+
+
+def _task_unmeasured(smoke: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of a repair, where nothing is known of what its adapter was made for."""
+    runs = entries_of(smoke, "runs")
+    known = smoke.get("command") != "repair" or runs[-1].get("task_rate") is not None
+    return () if known else ("The adapter's own task was not measured.",)
 
 
 def _bounds(found: object) -> str:

@@ -1,13 +1,15 @@
-"""A place beside an output for what is needed on the way to it, gone when the work ends, however it ends."""
+"""Places for what is needed on the way to an output, gone when the work ends, however it ends."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from converters.atomic import locked, remove_stale, signals_held, temporary_of, write_errors
+from safelora_gguf.smoke.scratch import scratch_directory
 
 
 @contextlib.contextmanager
@@ -39,3 +41,26 @@ def scratch_beside(target: Path, command: str) -> Iterator[Path]:
             for parent in missing:
                 with contextlib.suppress(OSError):
                     parent.rmdir()
+
+
+@contextlib.contextmanager
+def roomy_scratch(otherwise: Path) -> Iterator[Path]:
+    """A directory for what may be larger than the output by far: of its own in TMPDIR, where that is set.
+
+    Elsewhere the system's temporary directory is no better a place: it is often small, or in memory.
+
+    Args:
+        otherwise: taken where TMPDIR is not set; its owner removes it.
+
+    Raises:
+        WriteError: nothing can be written there.
+    """
+    if not os.environ.get("TMPDIR"):
+        yield otherwise
+        return
+    with scratch_directory() as place:
+        try:
+            yield place
+        finally:
+            with signals_held():
+                shutil.rmtree(place, ignore_errors=True)

@@ -54,7 +54,7 @@ def repair(
     judge_prompts: Annotated[list[Path] | None, file_option(help="Prompts that judge. Default: the other half, or "
                                                                  "--prompts by cross-fitting.")] = None,
     mu: Annotated[str, typer.Option(metavar="auto|M", help="Weight of harmful inputs; auto: the least that refuses "
-                                                           "enough.")] = "auto",
+                                                           "enough, or a little more at no cost.")] = "auto",
     judge: Annotated[list[str] | None, typer.Option(help="keyword, score, advbench or arditi; repeatable, the first "
                                                          "one decides.")] = None,
     min_refusal: MinRefusal = 0.9,

@@ -92,7 +92,8 @@ def tune(
     """Find the change of an adapter that keeps most of it and refuses enough, and write that adapter.
 
     Tries projections of all strengths, repairs and plain scaling, measured in llama.cpp. Exit 0 when one reaches the
-    bounds, 1 when none does, 4 when llama.cpp failed. An interrupted search goes on where it was.
+    bounds, 1 when none does, 3 when a --mu that was asked for can't be repaired, 4 when llama.cpp failed. An
+    interrupted search goes on where it was.
     """
     from safelora_gguf.smoke import split_kind
     from safelora_gguf.smoke.report import Bounds

@@ -102,7 +102,8 @@ def _row(each: Report, chosen: str, asked: Mapping[str, float]) -> list[Child]:
         name.append(element("span", f"same weights as {one_line(words(each, 'same_as'))}", class_="under"))
     if words(each, "error"):
         name.append(element("span", f"failed: {words(each, 'error')}", class_="under failed"))
-    weights = f"{whole(each, 'projected'):,} of {whole(each, 'total'):,}" if whole(each, "total") else "all"
+    changed = whole(each, "projected") + whole(each, "repaired")
+    weights = f"{changed:,} of {whole(each, 'total'):,}" if whole(each, "total") else "all"
     keys = ("refusal_rate", "over_refusal_rate", "task_rate")
     rates = [percent(number(each, key), bound=asked.get(key)) for key in keys]
     return [

@@ -38,7 +38,10 @@ def search_section(report: Report, level: int) -> Section | None:
 
 
 def _how(steps: Sequence[Report]) -> str:
-    told = "Looked for was the smallest mu at which enough of the prompts that calibrate are refused, at last by text."
+    told = (
+        "Looked for was the smallest mu at which enough of the prompts that calibrate are refused, at last by text; "
+        "then a little further, as long as more are refused and neither tasks nor harmless answers are lost."
+    )
     folds = max(whole(step, "folds") for step in steps)
     if folds > 1:
         return f"{told} Every prompt was answered with a repair that was made without it and its fold, one of {folds}."

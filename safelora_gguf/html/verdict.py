@@ -42,10 +42,18 @@ def verdict_of(report: Report) -> Verdict:
     if not part(report, "error"):
         return told
     message = words(part(report, "error"), "message") or "it ended with an error"
+    if _made_good(report):
+        return replace(told, under=(f"Something failed on the way: {message}", *told.under))
     if runs_of(report) or parts(report, "candidates"):
         under = (f"Not everything could be measured: {message}", *told.under)
         return Verdict("bad", "incomplete", told.line, under, told.notes)
     return Verdict("bad", "error", message)
+
+
+def _made_good(report: Report) -> bool:
+    """Whether a repair came to its end although something was lost."""
+    whole_runs = not any(run.get("error") for run in runs_of(report))
+    return words(report, "command") == "repair" and bool(part(report, "output")) and whole_runs
 
 
 def bounds_of(report: Report) -> dict[str, Bound]:
@@ -212,7 +220,14 @@ def _of_repair(report: Report) -> Verdict:
     told = _of_smoke(report)
     if not part(report, "output"):
         return Verdict("bad", "nothing written", told.line, told.under, notes)
-    return replace(told, under=(*_repaired(report), *told.under, *_calibrated(report)), notes=notes)
+    under = (*_unknown_task(report), *_repaired(report), *told.under, *_calibrated(report))
+    return replace(told, under=under, notes=notes)
+
+
+def _unknown_task(report: Report) -> tuple[str, ...]:
+    """What a verdict on refusals says nothing of."""
+    known = number(deciding_run(report), "task_rate") is not None
+    return () if known else ("The adapter’s own task was not measured.",)
 
 
 def _repaired(report: Report) -> tuple[str, ...]:
@@ -231,8 +246,11 @@ def _repaired(report: Report) -> tuple[str, ...]:
 
 
 def _calibrated(report: Report) -> tuple[str, ...]:
-    """On which other prompts; that the same ones did is among the notes."""
+    """On which other prompts, or that the figures are an estimate."""
     prompts = part(report, "prompts")
+    if words(report, "judged_by") == "cross-fitting":
+        told = "These figures are an estimate by cross-fitting: each prompt was answered by an adapter that was"
+        return (f"{told} repaired without it, and not by the one that was written.",)
     if not part(prompts, "judging"):
         return ()
     counts = part(part(prompts, "calibration"), "counts")

@@ -102,7 +102,8 @@ def capture_sets(
         tail: of a harmful prompt, so many of its last tokens count, beside the refusal.
         seed: which tokens.
         max_tokens: length of an answer; None: as the session's options say.
-        task_share: of the task prompts in C_G, above 0 and below 1; where there are only tasks, or none, they have all.
+        task_share: of the task prompts in C_G, from 0 to 1; where there are only tasks, or none, they have all. What
+            has no share is not read.
         free: bytes of the scratch device that are free; None: it is asked. Half of them are used, at most `most_bytes`.
 
     Raises:
@@ -116,12 +117,13 @@ def capture_sets(
     """
     if not (harmful.chats and weights):
         raise ValueError("no harmful prompts, or no weights")
-    if not 0 < task_share < 1:
+    if not 0 <= task_share <= 1:
         raise ValueError(f"a share of {task_share} for the tasks")
     if not benign.chats:
         raise UsageError(
             "no harmless prompts, where what is kept of the adapter follows from them; give --prompts of both"
         )
+    benign = _with_share(benign, task_share)
     asking = _Asking(session, max_tokens, progress, [], [])
     refused = asking.continued("harmful", (), harmful)
     answered = asking.continued("harmless", (adapter,), benign)
@@ -200,6 +202,15 @@ def _twice(asked: Asked, places: Iterable[int], found: Iterable[Reading], adapte
     return Mixture("harmful", tuple(replace(part, share=0.5) for part in parts))
 
 
+def _with_share(asked: Asked, task_share: float) -> Asked:
+    """Without the kind that has no share, where there is the other one."""
+    tasks = asked.tasks or (False,) * len(asked.chats)
+    wanted = [place for place, task in enumerate(tasks) if (task_share if task else 1 - task_share)]
+    left = wanted or range(len(tasks))
+    chats, folds = tuple(asked.chats[place] for place in left), tuple(asked.folds[place] for place in left)
+    return Asked(chats, folds, tuple(tasks[place] for place in left))
+
+
 def _by_kind(
     asked: Asked, places: Iterable[int], found: Iterable[Reading], adapter: AdapterChoice, task_share: float
 ) -> Mixture:
@@ -239,6 +250,6 @@ def _room(scratch: Path, free: int | None, most_bytes: int, largest: int) -> int
         except OSError:  # a file system that can't tell: writing will
             free = max(2 * most_bytes, largest)
     if largest > free:
-        told = f"the inputs of one weight take {largest / 1e6:,.1f} MB, and {scratch} has {free / 1e6:,.1f} MB free"
-        raise WriteError(f"{told}; make room, set TMPDIR to another device, or take fewer with --tokens")
+        told = f"the inputs of one weight take {largest / 1e6:,.1f} MB, and there are {free / 1e6:,.1f} MB free"
+        raise WriteError(f"{told}; make room, set TMPDIR to another device, or take fewer with --tokens", file=scratch)
     return min(most_bytes, free // 2)

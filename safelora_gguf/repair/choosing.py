@@ -3,8 +3,9 @@
 The grid has the quarter octaves 2^(k/4) from 1/2 to 64: below, what was enough on the prompts that calibrate was too
 little on other phrasings. The boundary is looked for by first tokens where these can tell, since they cost one token
 for each prompt: among the octaves by bisection, then between two of them. There text has the last word: where it says
-too little the search goes on to larger mu, in growing steps and back by bisection. `with_margin` then goes on as long
-as that costs nothing. Nothing is known here of files, adapters and llama.cpp; what is asked of them is kept.
+too little the search goes on to larger mu, in growing steps and back by bisection. `with_margin` then goes on a
+little, as long as that costs nothing. Nothing is known here of files, adapters and llama.cpp; what is asked of them is
+kept.
 """
 
 from __future__ import annotations
@@ -139,6 +140,21 @@ def with_margin(chosen: Chosen, text: Measure) -> Chosen:
         if most == 1:
             break
     return Chosen(best, True, tuple(tried))
+
+
+def how_chosen(chosen: Chosen, enough: float | None) -> tuple[str, ...]:
+    """What is to be said of a mu that is not simply the first to refuse enough.
+
+    Args:
+        enough: the mu that `choose` had come to, before `with_margin`.
+    """
+    if chosen.mu is None or (chosen.reaches and chosen.mu == enough):
+        return ()
+    if chosen.reaches:
+        told = f"mu {enough:g} refuses enough of the prompts that calibrate, and {chosen.mu:g} more of them"
+        return (f"{told}, at no cost in tasks and harmless answers",)
+    told = f"no mu from {mu_at(LOWEST):g} to {mu_at(HIGHEST):g} makes the adapter refuse enough of the prompts"
+    return (f"{told} that calibrate; {chosen.mu:g} does about as much as any",)
 
 
 def _suffers(found: Figures, first: Figures) -> bool:

@@ -27,12 +27,15 @@ import torch
 
 from converters.products import gram, norm
 from safelora_gguf.low_rank import gram64
+from safelora_gguf.repair.lower_triangles import add_lower_gram, factor_in_place, lower_gram
 
 _TOLERANCE = 1e-5  # of the last correction of each row, relative to the smaller of its change and what is left of it
 _NOTHING = 1e-300
+_WORST = 1e-3  # the largest relative error of a row that is accepted
 _ROUNDS = 8
 _SLOW = 0.3  # a round that leaves more than this of the error
-_TILE = 512  # rows and columns of a matrix that are computed at a time
+_HIDDEN = 10.0  # the error over the last correction, where that is but rounding; a few times, as measured
+_MOST_GRAMS = 1 << 30  # bytes that Gram matrices of parts may take
 _CACHED = 1 << 19  # entries that are in the processor's cache while they are float64
 _MOVED = 1 << 24  # the same on another device, where few large products are faster
 
@@ -45,7 +48,7 @@ class Moments:
         x: (n, in) in float32.
         parts: rows come in stretches of these lengths, each of one weight.
         grams: among tokens, where these are not more than inputs, one: X X^T (n, n); else X_p^T X_p (in, in) of every
-            part. In float32, their lower triangles alone.
+            part, or none where all these would take too much memory. In float32, their lower triangles alone.
     """
 
     x: torch.Tensor
@@ -58,9 +61,29 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class Weighted:
+    """Both sets, as some rows make them up.
+
+    Attributes:
+        wanted: g of each part of the rows, 1 / N_G; 0 where it is no part of G, or left out.
+        unwanted: h / mu of each part, 1 / N_H; 0 likewise. No part has both.
+        sums: C_G and C_H, of which the lower triangles alone, in float32; None where `seen` has Gram matrices.
+    """
+
+    seen: Moments
+    wanted: tuple[float, ...]
+    unwanted: tuple[float, ...]
+    sums: tuple[torch.Tensor, torch.Tensor] | None
+
+
+class IllConditionedError(ArithmeticError):
+    """There is no solution that can be relied on, even in float64."""
+
+
+@dataclass(frozen=True)
 class Solution:
-    """A' (r, in) in float32, and the largest relative error of a row before the last correction: a bound on what is
-    left of it."""
+    """A' (r, in) in float32, and a bound on the relative error of its rows, each relative to the smaller of its change
+    and what is left of it."""
 
     a: torch.Tensor
     error: float
@@ -72,40 +95,59 @@ def moments(x: torch.Tensor, parts: Sequence[int]) -> Moments:
     They are made on X's device, with the precision that products in float32 have there (TF32 should be off); what
     follows is done there, too, but on the CPU where the device has no float64.
     """
-    among_tokens = len(x) <= x.shape[1]
-    grams = [_lower_gram(x)] if among_tokens else [_lower_gram(part.T) for part in torch.split(x, list(parts))]
+    if len(x) <= x.shape[1]:
+        grams = [lower_gram(x)]
+    elif len(parts) * x.shape[1] ** 2 * x.element_size() <= _MOST_GRAMS:
+        grams = [lower_gram(part.T) for part in torch.split(x, list(parts))]
+    else:
+        grams = []
     if x.device.type == "mps":
         x, grams = x.cpu(), [one.cpu() for one in grams]
     return Moments(x, tuple(parts), tuple(grams))
 
 
-def repaired_a(
-    a: torch.Tensor, seen: Moments, wanted: Sequence[float], unwanted: Sequence[float], *, ridge: float
-) -> Solution:
+def weighted(seen: Moments, wanted: Sequence[float], unwanted: Sequence[float]) -> Weighted:
+    """Both sets for one weighting, see `Weighted`. Where there are no Gram matrices of parts, their sums are made."""
+    sums = None
+    if not seen.grams:
+        c_g, c_h = (torch.zeros(seen.x.shape[1], seen.x.shape[1], device=seen.x.device) for _ in range(2))
+        for part, g, h in zip(torch.split(seen.x, list(seen.parts)), wanted, unwanted, strict=True):
+            for total, weight in ((c_g, g), (c_h, h)):
+                if weight:
+                    add_lower_gram(total, part.T, weight)
+        sums = c_g, c_h
+    return Weighted(seen, tuple(wanted), tuple(unwanted), sums)
+
+
+def repaired_a(a: torch.Tensor, sets: Weighted, mu: float, *, ridge: float) -> Solution:
     """A' for A (r, in) in any type; several A of one input are solved together, one below the other.
 
     Args:
-        wanted: g of each part of the rows, 1 / N_G; 0 where it is no part of G, or left out.
-        unwanted: h of each part, mu / N_H; 0 likewise. No part has both.
+        mu: weight of C_H.
         ridge: added to the diagonal of C_G, absolute.
 
     Raises:
         ValueError: a ridge that is not above zero: A' is not determined.
-        ArithmeticError: inputs that are not finite, or beyond even float64.
+        IllConditionedError: the error would be above 1e-3 of the smaller of a row's change and what is left of it.
+        ArithmeticError: inputs, or A, that are not finite.
     """
     if not ridge > 0:
         raise ValueError(f"ridge {ridge}")
-    exact = a.to(seen.x.device, torch.float64)
-    if not any(unwanted):
+    seen, exact = sets.seen, a.to(sets.seen.x.device, torch.float64)
+    weights = _Weights.of(sets, mu)
+    if not weights.unwanted.any():
         return Solution(exact.float(), 0.0)
-    weights = _Weights.of(seen, wanted, unwanted)
-    system = (_among_tokens if seen.among_tokens else _among_inputs)(exact, seen, weights, ridge)
+    system = (_among_tokens if seen.among_tokens else _among_inputs)(exact, sets, mu, weights, ridge)
     for dtype in (torch.float32, torch.float64):
-        solve = system.factored(dtype)
-        found = None if solve is None else _refined(system, solve, exact, last=dtype == torch.float64)
-        if found is not None:
-            return Solution((exact - found[0]).float(), found[1])
-    raise ArithmeticError("the inputs are not finite, or too ill-conditioned for float64")
+        solve, bound = system.factored(dtype), math.inf
+        if solve is not None:
+            u, bound, converged = _refined(system, solve, exact)
+            if converged or (dtype == torch.float64 and bound <= _WORST):
+                return Solution((exact - u).float(), bound)
+    if not (seen.x.isfinite().all() and exact.isfinite().all()):
+        raise ArithmeticError("the inputs are not finite")
+    told = f"; its error may be {bound:.0e} of what changes or is left" if math.isfinite(bound) else ""
+    raise IllConditionedError(f"too ill-conditioned for float64{told}")
 
 
 def kept(a: torch.Tensor, a_new: torch.Tensor, b: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> float | None:
@@ -125,11 +167,12 @@ class _Weights:
     unwanted: torch.Tensor
 
     @classmethod
-    def of(cls, seen: Moments, wanted: Sequence[float], unwanted: Sequence[float]) -> _Weights:
-        total = tuple(g + h for g, h in zip(wanted, unwanted, strict=True))
-        lengths = torch.tensor(seen.parts)
+    def of(cls, sets: Weighted, mu: float) -> _Weights:
+        unwanted = [mu * one for one in sets.unwanted]
+        total = tuple(g + h for g, h in zip(sets.wanted, unwanted, strict=True))
+        lengths = torch.tensor(sets.seen.parts)
         roots, lost = (
-            torch.tensor(list(values), dtype=torch.float64).sqrt().repeat_interleave(lengths).to(seen.x.device)
+            torch.tensor(list(values), dtype=torch.float64).sqrt().repeat_interleave(lengths).to(sets.seen.x.device)
             for values in (total, unwanted)
         )
         return cls(total, roots, lost)
@@ -155,7 +198,8 @@ class _System:
     factored: Callable[[torch.dtype], Solve | None]
 
 
-def _among_tokens(a: torch.Tensor, seen: Moments, weights: _Weights, ridge: float) -> _System:
+def _among_tokens(a: torch.Tensor, sets: Weighted, _: float, weights: _Weights, ridge: float) -> _System:
+    seen = sets.seen
     x, roots = seen.x, weights.roots
     rows = roots.nonzero()[:, 0]  # those left out are no part of the matrix
 
@@ -175,10 +219,13 @@ def _among_tokens(a: torch.Tensor, seen: Moments, weights: _Weights, ridge: floa
     )
 
 
-def _among_inputs(a: torch.Tensor, seen: Moments, weights: _Weights, ridge: float) -> _System:
+def _among_inputs(a: torch.Tensor, sets: Weighted, mu: float, weights: _Weights, ridge: float) -> _System:
+    seen = sets.seen
     x, squares = seen.x, weights.roots.square()
 
     def factored(dtype: torch.dtype) -> Solve | None:
+        if dtype == torch.float32 and sets.sums is not None:
+            return _cholesky(torch.add(*sets.sums, alpha=mu), ridge)
         matrix = torch.zeros(x.shape[1], x.shape[1], dtype=dtype, device=x.device)
         for place, weight in enumerate(weights.parts):
             if weight:
@@ -198,7 +245,7 @@ def _cholesky(matrix: torch.Tensor, ridge: float) -> Solve | None:
     """Y -> Y (matrix + ridge I)^-1 from the lower triangle, which is overwritten."""
     matrix.diagonal().add_(ridge)
     if matrix.device.type == "cpu" and matrix.dtype == torch.float32:
-        factor, failed = matrix, _factor_in_place(matrix)
+        factor, failed = matrix, factor_in_place(matrix)
     else:
         factor, info = torch.linalg.cholesky_ex(matrix)
         failed = bool(info)
@@ -207,36 +254,9 @@ def _cholesky(matrix: torch.Tensor, ridge: float) -> Solve | None:
     return lambda y: torch.cholesky_solve(y.T.to(factor.dtype), factor).T.to(y.dtype)
 
 
-def _factor_in_place(matrix: torch.Tensor) -> bool:
-    """Puts the Cholesky factor into the lower triangle, tile by tile, nearly all by `_product`; whether it failed."""
-    for start in range(0, len(matrix), _TILE):
-        corner, failed = torch.linalg.cholesky_ex(matrix[start : start + _TILE, start : start + _TILE])
-        if failed:
-            return True
-        size, after = len(corner), start + len(corner)
-        matrix[start:after, start:after] = corner
-        if after == len(matrix):
-            break
-        inverse = _operand(torch.linalg.solve_triangular(corner, torch.eye(size), upper=False))
-        column = torch.split(matrix[after:, start:after], _TILE)
-        for tile in column:
-            tile.copy_(_product(_operand(tile), inverse))
-        operands = [_operand(tile) for tile in column]
-        rest = torch.split(matrix[after:, after:], _TILE)
-        for place, (rows, operand) in enumerate(zip(rest, operands, strict=True)):
-            for tile, other in zip(torch.split(rows, _TILE, dim=1), operands[: place + 1], strict=False):
-                tile.sub_(_product(operand, other))
-    return False
-
-
-def _refined(
-    system: _System, solve: Solve, a: torch.Tensor, *, last: bool = False
-) -> tuple[torch.Tensor, float] | None:
-    """U and the largest relative error of a row by the last correction; None where these shrink too slowly for trust.
-
-    Args:
-        last: there is nothing better to fall back on, so that rounding's floor is taken for the end.
-    """
+def _refined(system: _System, solve: Solve, a: torch.Tensor) -> tuple[torch.Tensor, float, bool]:
+    """U, a bound on the relative error of its rows, and whether it converged fast; the bound is NaN, or above 1, where
+    it went nowhere."""
     v = solve(system.right)
     u = system.image(v)
     before = 1.0
@@ -247,11 +267,11 @@ def _refined(
         sizes = torch.minimum(u.norm(dim=1), (a - u).norm(dim=1)).clamp(min=_NOTHING)
         error = float((moved.norm(dim=1) / sizes).max())
         if error <= _TOLERANCE:
-            return u, error
+            return u, error, True
         if not error <= _SLOW * before:
-            return (u, error) if last and math.isfinite(error) else None
+            return u, _HIDDEN * error, False
         before = error
-    return (u, error) if last else None
+    return u, before, False
 
 
 def _rows_times(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -273,29 +293,3 @@ def _rows_times_transposed(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def _block_rows(x: torch.Tensor) -> int:
     return max(16, (_CACHED if x.device.type == "cpu" else _MOVED) // x.shape[1])
-
-
-def _lower_gram(x: torch.Tensor) -> torch.Tensor:
-    """X X^T in float32, at least its lower triangle."""
-    if x.device.type != "cpu":
-        return x @ x.T
-    result = torch.zeros(len(x), len(x))
-    operands = [_operand(block) for block in torch.split(x, _TILE)]
-    for column, other in enumerate(operands):
-        for row in range(column, len(operands)):
-            tile = _product(operands[row], other)
-            result[row * _TILE :, column * _TILE :][: tile.shape[0], : tile.shape[1]] = tile
-    return result
-
-
-def _operand(x: torch.Tensor) -> torch.Tensor:
-    """What `_product` takes. torch leaves products in float32 to MKL, which on AMD's processors takes twice as long as
-    oneDNN does; a tensor in oneDNN's own layout is multiplied by that."""
-    x = x.contiguous()
-    return x.to_mkldnn() if x.numel() and torch.backends.mkldnn.is_available() else x  # type: ignore[no-untyped-call]
-
-
-def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """X Y^T of two operands."""
-    product: torch.Tensor = torch.nn.functional.linear(x, y)
-    return product.to_dense() if product.is_mkldnn else product

@@ -1,14 +1,16 @@
 """Dealing prompts into folds, so that each can be judged with an adapter that was repaired without it.
 
 All prompts of a category are in one fold: prompts of one category are much alike, and a repair that has seen some of
-them says little about the others.
+them says little about the others. So are prompts of one text, whatever their categories.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
+
+from safelora_gguf.repair.prompt_halves import same_words
 
 
 class Dealt(Protocol):
@@ -18,6 +20,8 @@ class Dealt(Protocol):
     def kind(self) -> str: ...
     @property
     def category(self) -> str | None: ...
+    @property
+    def prompt(self) -> str: ...
 
 
 _Sides = tuple[bool, bool]
@@ -26,9 +30,10 @@ _Sides = tuple[bool, bool]
 def deal(prompts: Sequence[Dealt], count: int) -> tuple[int, ...]:
     """The fold of each prompt, from 0 on, deterministic.
 
-    Prompts of one category stay together, whatever their kinds; those without are dealt one by one. Of each kind the
-    folds get as much as can be done by dealing the largest groups first. No fold holds all harmful prompts, nor all
-    harmless ones: where there are fewer groups of either, there are fewer folds. One fold: nothing can be left out.
+    Prompts of one category stay together, whatever their kinds, and so do those of the same words, with all of their
+    categories; others are dealt one by one. Of each kind the folds get as much as can be done by dealing the largest
+    groups first. No fold holds all harmful prompts, nor all harmless ones: where there are fewer groups of either,
+    there are fewer folds. One fold: nothing can be left out.
 
     Raises:
         ValueError: a count below 1.
@@ -51,10 +56,21 @@ def deal(prompts: Sequence[Dealt], count: int) -> tuple[int, ...]:
 
 def _groups(prompts: Sequence[Dealt]) -> list[list[int]]:
     """Places of the prompts that stay together, in the order of the first of each."""
-    found: dict[str | int, list[int]] = defaultdict(list)
-    for place, prompt in enumerate(prompts):
-        found[place if prompt.category is None else prompt.category].append(place)
-    return list(found.values())
+    groups = [[place] for place in range(len(prompts))]
+    keys = [
+        ((same_words(prompt.prompt), "text"), *([] if prompt.category is None else [(prompt.category, "category")]))
+        for prompt in prompts
+    ]
+    first: dict[tuple[str, str], int] = {}
+    for place, own in enumerate(keys):
+        for key in own:
+            joined, other = groups[first.setdefault(key, place)], groups[place]
+            if joined is not other:
+                joined += other
+                for member in other:
+                    groups[member] = joined
+    unique = {id(group): sorted(group) for group in groups}
+    return sorted(unique.values())
 
 
 def _sides(kinds: Counter[str]) -> _Sides:

@@ -74,9 +74,9 @@ class InputRows:
         """What a row of each part counts in C_G; 0 in parts of H and in those that are left out."""
         return [0.0 if part.harmful else part.weights[fold] for part in self.parts]
 
-    def unwanted(self, fold: int | None, mu: float) -> list[float]:
-        """What a row of each part counts in mu C_H; 0 in parts of G and in those that are left out."""
-        return [mu * part.weights[fold] if part.harmful else 0.0 for part in self.parts]
+    def unwanted(self, fold: int | None) -> list[float]:
+        """What a row of each part counts in C_H; 0 in parts of G and in those that are left out."""
+        return [part.weights[fold] if part.harmful else 0.0 for part in self.parts]
 
 
 @dataclass(frozen=True)

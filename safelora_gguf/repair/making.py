@@ -5,7 +5,6 @@ Whoever looks for a mu needs no more than this: `tune` and `repair` share it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import TYPE_CHECKING
 from converters.adapters.output import LoadPair, Origin
 from converters.adapters.plan import plan_output
 from converters.errors import UnsupportedError
-from converters.products import gram, norm
 from safelora_gguf.device import resolve_device
 from safelora_gguf.repair.capturing import TASK_SHARE, Asked, CapturedSets, capture_sets
 from safelora_gguf.repair.folds import deal
 from safelora_gguf.repair.inputs import RepairInputs
+from safelora_gguf.repair.modules import delta_norm, ratio_of_norms
 from safelora_gguf.repair.writing import original_pairs, repaired_pairs
 from safelora_gguf.smoke.judging import KEYWORD
 from safelora_gguf.smoke.parent.session import Session, ask
@@ -72,7 +71,8 @@ class Repairs:
         session: of the aligned model.
         untouched: the adapter as GGUF.
         prompts: those that calibrate, harmful ones and others.
-        scratch: a directory for captured inputs, solutions and adapters, which its owner removes.
+        scratch: a directory for adapters, which its owner removes.
+        roomy: the same for captured inputs and solutions; None: `scratch`, too.
         refused: the harmful prompts that the aligned model refuses; None: it is asked.
         folds: the fold of each of `prompts`; empty where none is ever left out.
         tell: progress of reading and solving.
@@ -87,6 +87,7 @@ class Repairs:
     refused: Sequence[Prompt] | None = None
     folds: Sequence[int] = ()
     tell: Tell | None = None
+    roomy: Path | None = None
     _captured: CapturedSets | None = field(default=None, repr=False)
     _solved: tuple[Solver, PairStore] | None = field(default=None, repr=False)
 
@@ -141,7 +142,7 @@ class Repairs:
         from safelora_gguf.repair.solving import Solver
 
         if self._solved is None:
-            place = self.scratch / "solved"
+            place = (self.roomy or self.scratch) / "solved"
             place.mkdir()
             store, device = PairStore(place), resolve_device(self.method.device)
             solver = Solver(self.read(), self.inputs.adapter, store, eps=self.method.eps, device=device)
@@ -153,7 +154,7 @@ class Repairs:
         if not refused:
             told = "refuses none of the harmful prompts that calibrate a repair: there is nothing to bring back"
             raise UnsupportedError(told, file=self.session.file)
-        place = self.scratch / "captured"
+        place = (self.roomy or self.scratch) / "captured"
         place.mkdir()
         others = [prompt for prompt in self.prompts.prompts if prompt.kind != "harmful"]
         self._captured = capture_sets(
@@ -207,17 +208,11 @@ def write_measured(inputs: RepairInputs, file: Path, load: LoadPair, outtype: st
 
 
 def norm_ratio(inputs: RepairInputs, load: LoadPair) -> float | None:
-    """Total norm of an adapter's changed pairs over that of its own; None for an adapter that changes nothing.
-
-    sqrt(sum ||s B A'||_F^2 / sum ||s B A||_F^2), over all modules
-    """
-    before, after = (_total_norm(inputs, pairs) for pairs in (original_pairs(inputs), load))
-    return after / before if before > 0 else None
-
-
-def _total_norm(inputs: RepairInputs, load: LoadPair) -> float:
-    squares = []
-    for module, pair in inputs.adapter.pairs.items():
-        a, b = load(module)
-        squares.append((pair.scaling * norm(b, gram(a))) ** 2)
-    return math.sqrt(math.fsum(squares))
+    """`ratio_of_norms` of an adapter's changed pairs and its own; None for an adapter that changes nothing."""
+    original = original_pairs(inputs)
+    return ratio_of_norms(
+        [
+            (delta_norm(inputs, module, *original(module)), delta_norm(inputs, module, *load(module)))
+            for module in inputs.adapter.pairs
+        ]
+    )

@@ -27,6 +27,9 @@ from safelora_gguf.smoke.utility import mean_utility, record_reference, utility_
 ALIGNED, ADAPTER, REPAIRED = "aligned model", "adapter", "repaired"
 """Labels of the runs; utility is measured against the first two."""
 
+IN_SAMPLE_RUN = "repaired, on prompts that calibrated it"
+"""Label of the written adapter's own run where cross-fitting decides: nobody shall take it for independent."""
+
 _SEPARATION = 0.8
 """The score must order the aligned model's answers at least so well, or it is not asked."""
 
@@ -50,7 +53,8 @@ class Measuring:
         untouched: the adapter as GGUF.
         scratch: a directory for references.
         folds: of each prompt; empty: all are asked together.
-        failures: what llama.cpp failed on, in order.
+        failures: of llama.cpp, in order, that left something unmeasured.
+        losses: its failures after which everything was asked all the same.
         notes: what a careful reader should know.
         runs: with text, by label; none is asked twice.
         references: by label and fold.
@@ -63,6 +67,7 @@ class Measuring:
     meter: Meter
     folds: Sequence[int] = ()
     failures: list[Error] = field(default_factory=list)
+    losses: list[Error] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     runs: dict[str, Run] = field(default_factory=dict)
     references: dict[str, dict[int | None, Reference]] = field(default_factory=dict)
@@ -91,8 +96,7 @@ class Measuring:
     def keep(self, run: Run) -> Run:
         """Notes a run with text, and its failure."""
         self.runs[run.label] = run
-        if run.failure is not None:
-            self.failures.append(run.failure)
+        self._note(run.failure, whole=run.measured)
         return run
 
     def scored(self, label: str, adapters: Adapters) -> Figures:
@@ -109,8 +113,7 @@ class Measuring:
             found = self._answers(adapters, prompts, 0, tell)
         plan, panel = RunPlan(label, adapters(self.fold_numbers[0])), Panel((score_judge(calibration),))
         run = judged_run(self.session.file, plan, prompts, found, panel)
-        if run.failure is not None:
-            self.failures.append(run.failure)
+        self._note(run.failure, whole=run.measured)
         return figures_of(run, tasks=False)
 
     def with_utility(self, run: Run, adapters: Adapters) -> Run:
@@ -150,8 +153,7 @@ class Measuring:
         for fold, reference in self._recorded(against).items():
             found = self.session.divergences(adapters(fold), reference.file, reference.count)
             items += found.items
-            if found.failure is not None:
-                self.failures.append(found.failure)
+            self._note(found.failure, whole=None not in found.items)
         return mean_utility(against, items)
 
     def _recorded(self, label: str) -> dict[int | None, Reference]:
@@ -162,12 +164,17 @@ class Measuring:
             for fold, prompts in self._parts(utility_prompts(self.instrument.prompts)):
                 file = self.scratch / f"{label.replace(' ', '-')}-{fold}.distributions"
                 reference, failure = record_reference(self.session, plan, prompts, file)
-                if failure is not None:
-                    self.failures.append(failure)
-                    self.notes.append(f"no utility against the {label}: {failure.message}")
+                self._note(failure, whole=reference is not None)
                 if reference is not None:
                     found[fold] = reference
+                elif failure is not None:
+                    self.notes.append(f"no utility against the {label}: {failure.message}")
         return self.references[label]
+
+    def _note(self, failure: Error | None, *, whole: bool) -> None:
+        """Keeps a failure, if there is one, apart by whether everything was measured all the same."""
+        if failure is not None:
+            (self.losses if whole else self.failures).append(failure)
 
 
 def _tell_from(tell: Tell, begun: int, done: int) -> None:

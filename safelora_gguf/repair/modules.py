@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from converters.adapters.output import AdapterOutput
 from converters.adapters.storing import Rounding
 from converters.products import gram, norm
 from safelora_gguf.repair.inputs import RepairInputs
 from safelora_gguf.report import label_of, rounding_notes
+
+if TYPE_CHECKING:
+    import torch
 
 _FEW = 3  # names of modules in a note
 
@@ -74,9 +77,13 @@ class RepairedModule:
 
 
 def norm_ratio(modules: Sequence[RepairedModule]) -> float | None:
-    """sqrt(sum ||s B A'||^2 / sum ||s B A||^2) over all modules of an adapter; None where nothing is known or is 0."""
-    before = math.fsum((module.delta_norm or 0.0) ** 2 for module in modules)
-    after = math.fsum((module.delta_norm_after or 0.0) ** 2 for module in modules)
+    """`ratio_of_norms` of all modules of an adapter; None where nothing is known or is 0."""
+    return ratio_of_norms([(module.delta_norm or 0.0, module.delta_norm_after or 0.0) for module in modules])
+
+
+def ratio_of_norms(norms: Sequence[tuple[float, float]]) -> float | None:
+    """sqrt(sum ||s B A'||^2 / sum ||s B A||^2) of (||s B A||, ||s B A'||) by module; None where all are 0 before."""
+    before, after = (math.fsum(pair[at] ** 2 for pair in norms) for at in (0, 1))
     return math.sqrt(after / before) if before > 0 else None
 
 
@@ -128,7 +135,11 @@ def _module(
 
 def _norm_of(inputs: RepairInputs, module: str) -> float:
     """||s B A||_F of a module that is left alone."""
-    a, b = (half.float() for half in inputs.adapter.load(module))
+    return delta_norm(inputs, module, *(half.float() for half in inputs.adapter.load(module)))
+
+
+def delta_norm(inputs: RepairInputs, module: str, a: torch.Tensor, b: torch.Tensor) -> float:
+    """||s B A||_F of a module with this A (r, in) and B (out, r), and the adapter's scaling."""
     return abs(inputs.adapter.pairs[module].scaling) * norm(b, gram(a))
 
 
@@ -140,21 +151,32 @@ def module_notes(
     *,
     outtype: str,
 ) -> tuple[str, ...]:
-    """What a reader should know of single modules: those left alone, by reason, and rounding."""
+    """What a reader should know of single modules: those left alone, by reason, and rounding; each reason once."""
     reasons = {**inputs.left_alone, **{module: one.note for module, one in figures.items() if one.note}}
     by_reason: dict[str, list[str]] = {}
     for module, reason in reasons.items():
         by_reason.setdefault(reason or "", []).append(_label(inputs, output, module))
     notes = [_left(names, inputs, reason) for reason, names in by_reason.items()]
+    by_note: dict[str, list[str]] = {}
     for module, rounding in (roundings or {}).items():
-        notes += [f"{_label(inputs, output, module)}: {note}" for note in rounding_notes(rounding, outtype)]
-    return tuple(notes)
+        for note in rounding_notes(rounding, outtype):
+            by_note.setdefault(note, []).append(_label(inputs, output, module))
+    return (*notes, *(_stored(names, inputs, note) for note, names in by_note.items()))
 
 
 def _left(names: Sequence[str], inputs: RepairInputs, reason: str) -> str:
-    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
     count = f"{len(names)} of {len(inputs.adapter.pairs)} modules"
-    return f"{count} {'is' if len(names) == 1 else 'are'} left as they were: {reason} ({', '.join(names[:_FEW])}{more})"
+    return f"{count} {'is' if len(names) == 1 else 'are'} left as they were: {reason} ({_few(names)})"
+
+
+def _stored(names: Sequence[str], inputs: RepairInputs, note: str) -> str:
+    if len(names) == 1:
+        return f"{names[0]}: {note}"
+    return f"{len(names)} of {len(inputs.adapter.pairs)} modules: {note} ({_few(names)})"
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:_FEW]) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
 
 
 def _label(inputs: RepairInputs, output: AdapterOutput, module: str) -> str:

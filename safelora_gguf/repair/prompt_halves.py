@@ -5,12 +5,15 @@ A set is halved by its categories, so that the judging half has some of which no
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from safelora_gguf.smoke.prompts import KINDS, Kind, Prompt, PromptSet
 
 _FEWEST_CATEGORIES = 3
+
+_OF_WORDS = "LNM"  # letters, numbers, and marks, which are vowels in many scripts
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,15 @@ def halved(prompts: PromptSet) -> Halves | None:
 
     Of the categories of each kind in sorted order the first of three calibrates, the second judges and so is never
     seen before, and of the third every other prompt does either. Kinds of fewer categories, and prompts without one,
-    are dealt prompt by prompt.
+    are dealt prompt by prompt. Prompts of the same words go where the first of them does.
     """
-    calibrating = frozenset(prompt.id for kind in KINDS for prompt in _calibrating(prompts.prompts, kind))
-    first = tuple(prompt for prompt in prompts.prompts if prompt.id in calibrating)
-    second = tuple(prompt for prompt in prompts.prompts if prompt.id not in calibrating)
+    texts: dict[str, Prompt] = {}
+    for prompt in prompts.prompts:
+        texts.setdefault(same_words(prompt.prompt), prompt)
+    dealt = tuple(texts.values())
+    calibrating = frozenset(same_words(one.prompt) for kind in KINDS for one in _calibrating(dealt, kind))
+    first = tuple(prompt for prompt in prompts.prompts if same_words(prompt.prompt) in calibrating)
+    second = tuple(prompt for prompt in prompts.prompts if same_words(prompt.prompt) not in calibrating)
     found = Halves(
         replace(prompts, version=f"{prompts.version}, calibrating half", prompts=first),
         replace(prompts, version=f"{prompts.version}, judging half", prompts=second),
@@ -47,13 +54,20 @@ def missing_kinds(prompts: PromptSet) -> tuple[str, ...]:
 
 def without_judging(calibration: PromptSet, judging: PromptSet) -> tuple[PromptSet, str | None]:
     """The calibration prompts that don't judge, too, and a note on those that do."""
-    taken = {_plain(prompt.prompt) for prompt in judging.prompts}
-    left = tuple(prompt for prompt in calibration.prompts if _plain(prompt.prompt) not in taken)
+    taken = {same_words(prompt.prompt) for prompt in judging.prompts}
+    left = tuple(prompt for prompt in calibration.prompts if same_words(prompt.prompt) not in taken)
     count = len(calibration.prompts) - len(left)
     if not count:
         return calibration, None
     told = f"{count} prompt{'s' * (count != 1)} of {calibration.name} stand{'s' * (count == 1)} in {judging.name}, too"
     return replace(calibration, prompts=left), f"{told}: what judges calibrates nothing"
+
+
+def same_words(text: str) -> str:
+    """Equal for texts that differ in case, spaces, punctuation and compatible characters alone (Unicode's NFKC); of a
+    text without any letter or digit the text itself."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return "".join(one for one in folded if unicodedata.category(one)[0] in _OF_WORDS) or folded.strip()
 
 
 def categories_of(prompts: PromptSet) -> Mapping[str, tuple[str, ...]]:
@@ -85,7 +99,3 @@ def _calibrating(prompts: Sequence[Prompt], kind: Kind) -> Iterable[Prompt]:
         group = [prompt for prompt in own if prompt.category == name]
         yield from (group, group[:0], group[::2])[place % 3]
     yield from [prompt for prompt in own if prompt.category is None][::2]
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())

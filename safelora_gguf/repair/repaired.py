@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from converters.errors import Error
 from safelora_gguf.repair.choosing import Chosen
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from converters.adapters.storing import Rounding
     from safelora_gguf.repair.solving import ModuleFigures
 
+JudgedBy = Literal["other prompts", "cross-fitting", "calibration prompts"]
+"""What the deciding run's figures are: the written adapter's on prompts that had no part in making it; an estimate, by
+adapters that were repaired without the prompts they were asked; or the written adapter's on the prompts it was made by,
+which flatters it."""
+
 NOTHING_REFUSED = (
     "the aligned model refuses none of the {asked} harmful prompts: there is nothing that an adapter could have taken "
     "away or a repair bring back; is --model the aligned model, with its own chat template?"
@@ -23,6 +28,8 @@ ENOUGH_AS_IT_IS = (
     "the adapter refuses enough of the prompts that calibrate as it is: there is nothing to repair, and it was written "
     "unchanged"
 )
+
+BY_TEXT_ALONE = "first tokens don't tell refusals from answers here: mu was looked for by text alone"
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ class Repaired:
         calibration: of the first-token score, as reports have it.
         figures: of every module that was repaired.
         roundings: how each pair was stored; None where nothing was written.
-        failure: the first thing that llama.cpp failed on.
+        judged_by: what the deciding run tells; None where it tells nothing.
+        failure: of llama.cpp: what ended the repair, else what left something unmeasured, else what was made good.
     """
 
     judges: tuple[str, ...]
@@ -65,4 +73,5 @@ class Repaired:
     figures: Mapping[str, ModuleFigures] = field(default_factory=dict)
     roundings: Mapping[str, Rounding] | None = None
     failure: Error | None = None
+    judged_by: JudgedBy | None = None
     notes: tuple[str, ...] = ()

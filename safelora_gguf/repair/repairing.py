@@ -15,13 +15,12 @@ from safelora_gguf.repair.making import Method, Repairs, deal_folds, write_measu
 from safelora_gguf.repair.measuring import Measuring
 from safelora_gguf.repair.modules import module_notes, module_reports
 from safelora_gguf.repair.progress import Meter, Progress
-from safelora_gguf.repair.prompt_halves import categories_of, unseen_categories
 from safelora_gguf.repair.repaired import Repaired, Wishes
-from safelora_gguf.repair.report import CapturedPart, CapturedReport, PromptHalf, RepairReport, SearchStep
+from safelora_gguf.repair.report import CapturedReport, PromptHalf, RepairReport, SearchStep
 from safelora_gguf.repair.running import Course
 from safelora_gguf.repair.writing import original_pairs
 from safelora_gguf.report import OutputReport
-from safelora_gguf.scratch import scratch_beside
+from safelora_gguf.scratch import roomy_scratch, scratch_beside
 from safelora_gguf.smoke.asking import Asking
 from safelora_gguf.smoke.instrument import Instrument
 from safelora_gguf.smoke.judging import KEYWORD, Panel
@@ -42,9 +41,11 @@ NO_TASKS = (
     "give some with --prompts"
 )
 CROSS_FITTED = (
-    "the same prompts calibrate and judge: each is judged by an adapter that was repaired without its fold, one of "
-    "{count}; --judge-prompts gives others"
+    "estimated by cross-fitting, as the same prompts calibrate and judge: each is judged by an adapter that was "
+    "repaired without its fold, one of {count}, and not by the one that is written{chosen}; --judge-prompts gives "
+    "others"
 )
+CHOSE_MU = "; mu was chosen on them, too, which flatters the figures a little"
 IN_SAMPLE = (
     "too few prompts or categories to judge each by a repair without it: the same prompts calibrate and judge, which "
     "flatters the figures; give others with --judge-prompts"
@@ -104,13 +105,15 @@ class Repairing:
         meter = Meter(progress, self._expected())
         with (
             scratch_beside(self.output.target, "repair") as scratch,
+            roomy_scratch(scratch) as roomy,
             Session(self.options, limits, self.command) as session,
         ):
             untouched = scratch / "adapter.gguf"
             write_measured(self.inputs, untouched, original_pairs(self.inputs), self.method.outtype)
             repairs = Repairs(
-                session, self.inputs, untouched, calibration, self.method, scratch, folds=folds, tell=meter.tell
-            )
+                session, self.inputs, untouched, calibration, self.method, scratch, folds=folds, tell=meter.tell,
+                roomy=roomy,
+            )  # fmt: skip
             instrument = Instrument(calibration, Panel((KEYWORD,)))
             calibrating = Measuring(session, instrument, untouched, scratch, meter, folds)
             found = Course(self.wishes, repairs, calibrating, self.purposes.judging, self.output).run()
@@ -129,7 +132,7 @@ class Repairing:
         first_tokens = own - calibration.counts["task"]
         runs = own if judging is not None else 0  # the aligned model is asked both sets
         search = own + _SEARCHED * first_tokens + 2 * own if self.wishes.mu is None else 0
-        return runs + search + 4 * judged
+        return runs + search + (5 if judging is None and self._folds() else 4) * judged
 
     def _report(self, found: Repaired | None, captured: CapturedSets | None, folds: int) -> RepairReport:
         figures = {} if found is None else found.figures
@@ -146,17 +149,22 @@ class Repairing:
             outtype=self.method.outtype,
             modules=module_reports(self.inputs, output, figures, roundings),
             inputs=self.inputs.reports,
-            calibration=_half(self.purposes.calibration),
-            judging=None if self.purposes.judging is None else _half(self.purposes.judging, self.purposes.calibration),
+            calibration=PromptHalf.of(self.purposes.calibration),
+            judging=self._judging(),
             planned_output=(str(output.target), output.planned_bytes()),
             output=None if roundings is None else OutputReport.of(output.target, output.tensor_file),
-            captured=None if captured is None else _captured(captured),
+            captured=None if captured is None else CapturedReport.of(captured),
             search=tuple(_step(one, folds) for one in (found.chosen.tried if found and found.chosen else ())),
             measured=self._measured(found or Repaired(self.wishes.judges, ())),
-            notes=(*self._own_notes(), *(found.notes if found is not None else ()), *notes),
+            notes=(*self._own_notes(found), *(found.notes if found is not None else ()), *notes),
             losses=losses_of(self.inputs.adapter, output),
             own_failure=None if found is None else found.failure,
+            judged_by=None if found is None else found.judged_by,
         )
+
+    def _judging(self) -> PromptHalf | None:
+        calibration, judging = self.purposes.calibration, self.purposes.judging
+        return None if judging is None else PromptHalf.of(judging, calibration)
 
     def _measured(self, found: Repaired) -> SmokeReport:
         """The judged runs, or as many as there are."""
@@ -174,31 +182,19 @@ class Repairing:
     def _settings(self) -> dict[str, Any]:
         return self.asking.settings(self.options)
 
-    def _own_notes(self) -> tuple[str, ...]:
+    def _own_notes(self, found: Repaired | None) -> tuple[str, ...]:
         purposes = self.purposes
+        unchanged = found is not None and found.roundings is not None and found.mu is None
         notes = [*self.notes, *purposes.notes, *purposes.calibration.notes]
         notes += [] if purposes.judging is None else purposes.judging.notes
         notes += [] if purposes.calibration.counts["task"] else [NO_TASKS]
         folds = len(set(self._folds()))
-        if purposes.judging is None:
-            notes.append(CROSS_FITTED.format(count=folds) if folds else IN_SAMPLE)
+        if purposes.judging is None and not unchanged:
+            chosen = CHOSE_MU if self.wishes.mu is None else ""
+            notes.append(CROSS_FITTED.format(count=folds, chosen=chosen) if folds else IN_SAMPLE)
         elif not folds and self.wishes.mu is None:
             notes.append(FOUND_IN_SAMPLE)
         return tuple(notes)
-
-
-def _half(prompts: PromptSet, calibration: PromptSet | None = None) -> PromptHalf:
-    """
-    Args:
-        calibration: what the prompts were not calibrated on.
-    """
-    unseen = None if calibration is None else unseen_categories(calibration, prompts)
-    return PromptHalf(prompts.name, prompts.version, prompts.counts, categories_of(prompts), unseen)
-
-
-def _captured(sets: CapturedSets) -> CapturedReport:
-    harmful, benign = (CapturedPart(one.prompts, one.tokens) for one in (sets.harmful, sets.benign))
-    return CapturedReport(harmful, benign, len(sets.groups), sets.bytes, sets.passes)
 
 
 def _step(tried: Tried, folds: int) -> SearchStep:

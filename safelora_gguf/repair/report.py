@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from converters.errors import Error
 from safelora_gguf._version import __version__
 from safelora_gguf.repair.modules import Figures, RepairedModule, module_notes, module_reports, norm_ratio
+from safelora_gguf.repair.prompt_halves import categories_of, unseen_categories
+from safelora_gguf.repair.repaired import JudgedBy
 from safelora_gguf.report import InputReport, OutputReport, output_entry
+from safelora_gguf.smoke.prompts import PromptSet
 from safelora_gguf.smoke.report import SmokeReport, Verdict
+
+if TYPE_CHECKING:
+    from safelora_gguf.repair.captured_sets import CapturedSets
 
 __all__ = [
     "CapturedPart",
@@ -24,6 +30,8 @@ __all__ = [
     "module_reports",
     "norm_ratio",
 ]
+
+TASK_UNMEASURED = "the adapter's own task was not measured"
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,11 @@ class CapturedReport:
     bytes: int
     passes: int
 
+    @classmethod
+    def of(cls, sets: CapturedSets) -> CapturedReport:
+        harmful, benign = (CapturedPart(one.prompts, one.tokens) for one in (sets.harmful, sets.benign))
+        return cls(harmful, benign, len(sets.groups), sets.bytes, sets.passes)
+
 
 @dataclass(frozen=True)
 class PromptHalf:
@@ -66,6 +79,15 @@ class PromptHalf:
     counts: Mapping[str, int]
     categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unseen_categories: Mapping[str, tuple[str, ...]] | None = None
+
+    @classmethod
+    def of(cls, prompts: PromptSet, calibration: PromptSet | None = None) -> PromptHalf:
+        """
+        Args:
+            calibration: of prompts that judge: what they were not calibrated on.
+        """
+        unseen = None if calibration is None else unseen_categories(calibration, prompts)
+        return cls(prompts.name, prompts.version, prompts.counts, categories_of(prompts), unseen)
 
     def to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -110,7 +132,8 @@ class RepairReport:
         losses: what of the update is not, or not exactly, in the output, or is not applied by llama.cpp.
         output: None where nothing was written.
         planned_output: where the output would go or went, and its size in bytes.
-        own_failure: what went wrong before or beside the judged runs.
+        own_failure: what went wrong, whether in the judged runs or beside them.
+        judged_by: what the deciding run tells; None where nothing was written.
     """
 
     mu: float | None
@@ -132,6 +155,7 @@ class RepairReport:
     notes: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()
     own_failure: Error | None = None
+    judged_by: JudgedBy | None = None
 
     @property
     def repaired(self) -> int:
@@ -158,9 +182,14 @@ class RepairReport:
 
     @property
     def failure(self) -> Error | None:
-        """The first thing that llama.cpp failed on."""
-        own = None if self.measured is None else self.measured.failure
-        return own or self.own_failure
+        """What ended the repair, else the first thing that llama.cpp failed on."""
+        return self.own_failure or (None if self.measured is None else self.measured.failure)
+
+    @property
+    def task_unmeasured(self) -> bool:
+        """Whether nothing is known of what the adapter was made for."""
+        found = self.measured
+        return found is not None and bool(found.runs) and found.deciding.measured and found.deciding.task_rate is None
 
     @property
     def verdict(self) -> Verdict:
@@ -174,7 +203,8 @@ class RepairReport:
     def all_notes(self) -> tuple[str, ...]:
         """Losses first, each once."""
         measured = () if self.measured is None else self.measured.notes
-        return tuple(dict.fromkeys((*self.losses, *self.notes, *measured)))
+        task = (TASK_UNMEASURED,) if self.task_unmeasured else ()
+        return tuple(dict.fromkeys((*self.losses, *self.notes, *measured, *task)))
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that the command line contract describes."""
@@ -220,7 +250,7 @@ class RepairReport:
             return planned if self.dry else {**planned, "runs": [], "verdict": self.verdict}
         told = found.to_json()
         keys = ("runs", "deciding", "flips", "controls", "calibration", "confidence")
-        return {**planned, **{key: told[key] for key in keys}, "verdict": self.verdict}
+        return {**planned, **{key: told[key] for key in keys}, "judged_by": self.judged_by, "verdict": self.verdict}
 
 
 def _listed(names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

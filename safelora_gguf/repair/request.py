@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +27,9 @@ from safelora_gguf.smoke.prompts import PromptSet, load_prompts, split_kind
 from safelora_gguf.smoke.report import Bounds
 
 MOST_TOKENS = 1 << 20
+MU_RANGE = (1e-3, 1e6)
+EPS_RANGE = (1e-6, 1e3)
+"""Beyond these one of the terms is lost in rounding; what makes a difference is far within."""
 
 
 def repair_adapter(
@@ -78,11 +80,13 @@ def prepare_repair(
             judge.
         judge_prompts: files of prompts that judge; without any, the user's own calibrate and judge by cross-fitting.
         bounds: what the repaired adapter has to reach.
-        mu: weight of harmful inputs; None: the smallest that reaches the bound on the prompts that calibrate.
-        eps: ridge, in units of the mean diagonal of the benign inputs' second moment.
+        mu: weight of harmful inputs, from 1e-3 to 1e6; None: the smallest that reaches the bound on the prompts that
+            calibrate.
+        eps: ridge, in units of the mean diagonal of the benign inputs' second moment, from 1e-6 to 1e3.
         tokens: most that are read of either set.
         tail: so many tokens of a harmful prompt, before its answer, are read.
-        task_share: what task prompts make of the benign inputs' second moment, where there are others, too.
+        task_share: what task prompts make of the benign inputs' second moment, where there are others, too; 0: they
+            are not read, 1: they alone are.
 
     Raises:
         UsageError: options that make no sense, or prompts that lack a kind.
@@ -126,9 +130,9 @@ def _checked(asking: Asking, bounds: Bounds, mu: float | None, method: Method) -
         limit=asking.limit,
         parallel=asking.parallel,
     )
-    for name, value in (("mu", mu), ("eps", method.eps)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise UsageError(f"--{name} is {value:g}, expected more than 0")
+    for name, value, (least, most) in (("mu", mu, MU_RANGE), ("eps", method.eps, EPS_RANGE)):
+        if value is not None and not least <= value <= most:
+            raise UsageError(f"--{name} is {value:g}, expected between {least:g} and {most:g}")
     if not 1 <= method.tokens <= MOST_TOKENS:
         raise UsageError(f"--tokens is {method.tokens}, expected between 1 and {MOST_TOKENS}")
     if method.tail < 0:

@@ -11,19 +11,28 @@ from typing import TYPE_CHECKING, Any
 from converters.adapters.output import AdapterOutput
 from converters.errors import Error, LlamaError
 from safelora_gguf.repair.choosing import (
-    HIGHEST,
-    LOWEST,
     OCTAVES,
     Chosen,
     Figures,
     choose,
-    mu_at,
+    how_chosen,
     standard_error_above,
     with_margin,
 )
-from safelora_gguf.repair.making import Repairs, norm_ratio
-from safelora_gguf.repair.measuring import ADAPTER, ALIGNED, REPAIRED, Adapters, Measuring, always, figures_of
-from safelora_gguf.repair.repaired import ENOUGH_AS_IT_IS, NOTHING_REFUSED, Repaired, Wishes
+from safelora_gguf.repair.making import Repairs
+from safelora_gguf.repair.measuring import (
+    ADAPTER,
+    ALIGNED,
+    IN_SAMPLE_RUN,
+    REPAIRED,
+    Adapters,
+    Measuring,
+    always,
+    figures_of,
+)
+from safelora_gguf.repair.modules import module_reports, norm_ratio
+from safelora_gguf.repair.repaired import BY_TEXT_ALONE, ENOUGH_AS_IT_IS, NOTHING_REFUSED, JudgedBy, Repaired, Wishes
+from safelora_gguf.repair.telling import RESTARTED, WITHOUT_FOLD, named, settled, shown
 from safelora_gguf.repair.writing import RepairFacts, original_pairs, write_repaired
 from safelora_gguf.smoke.controls import SCALED, controls_entry
 from safelora_gguf.smoke.instrument import Instrument, calibrated, calibration_entry
@@ -58,6 +67,7 @@ class Course:
     _chosen: Chosen | None = None
     _looked_for: float | None = None
     _entry: Mapping[str, Any] | None = None
+    _end: Error | None = None  # what it could not go on after
 
     def run(self) -> Repaired:
         """Everything, until the output is written.
@@ -73,7 +83,7 @@ class Course:
         try:
             return self._repaired()
         except LlamaError as error:
-            self.calibrating.failures.append(error)
+            self._end = error
             return self._ended()
 
     def _calibrated(self) -> Run:
@@ -124,18 +134,10 @@ class Course:
             Bounds(bound).refuses,
             standard_error_above(bound),
         )
-        self._chosen = with_margin(self._chosen, self._text)
-        self._say_how_it_was_chosen(self._chosen)
+        enough, self._chosen = self._chosen.mu, with_margin(self._chosen, self._text)
+        self.notes += [] if self.calibrating.by_score else [BY_TEXT_ALONE]
+        self.notes += how_chosen(self._chosen, enough)
         return self._ended() if self._chosen.mu is None else self._judged(self._chosen.mu)
-
-    def _say_how_it_was_chosen(self, chosen: Chosen) -> None:
-        if not self.calibrating.by_score:
-            self.notes.append("first tokens don't tell refusals from answers here: mu was looked for by text alone")
-        if chosen.mu is not None and not chosen.reaches:
-            self.notes.append(
-                f"no mu from {mu_at(LOWEST):g} to {mu_at(HIGHEST):g} makes the adapter refuse enough of the prompts "
-                f"that calibrate; {chosen.mu:g} does about as much as any"
-            )
 
     def _as_it_is(self, _: int | None) -> tuple[AdapterChoice, ...]:
         return (AdapterChoice(str(self.repairs.untouched)),)
@@ -177,14 +179,31 @@ class Course:
         if mu is None:
             return self._written(None, (aligned, adapter), None, {})
         figures = self.repairs.figures(mu)
-        ratio = norm_ratio(self.repairs.inputs, self.repairs.pairs(mu)) or 1.0  # of an adapter that does nothing
+        modules = module_reports(self.repairs.inputs, self.output, figures)
+        ratio = norm_ratio(modules) or 1.0  # of an adapter that does nothing
         small = always(AdapterChoice(str(self.repairs.untouched), ratio))
         scaled = measuring.with_utility(measuring.run(SCALED, small, "control"), small)
         with self._adapters(mu, measuring) as adapters:
             repaired = measuring.with_utility(measuring.run(_label(mu), adapters), adapters)
         repaired = replace(repaired, label=REPAIRED)
         controls = controls_entry(repaired, scaled, None, ratio, ADAPTER, whose="the adapter's")
-        return self._written(mu, (aligned, adapter, scaled, repaired), controls, figures)
+        crossed = repaired.measured and self._judged_by(mu) == "cross-fitting"
+        own = (self._in_sample(mu),) if crossed else ()
+        return self._written(mu, (aligned, adapter, scaled, *own, repaired), controls, figures)
+
+    def _judged_by(self, mu: float | None) -> JudgedBy:
+        if self.judging is not None:
+            return "other prompts"
+        return "cross-fitting" if self.calibrating.folds and mu is not None else "calibration prompts"
+
+    def _in_sample(self, mu: float) -> Run:
+        """The adapter that is written, which no fold is answered with where cross-fitting decides."""
+        file = self.repairs.adapter(mu)
+        try:
+            own = always(AdapterChoice(str(file)))
+            return self.calibrating.with_utility(self.calibrating.run(IN_SAMPLE_RUN, own), own)
+        finally:
+            file.unlink(missing_ok=True)
 
     def _measuring_judged(self) -> Measuring:
         own = self.calibrating
@@ -203,19 +222,21 @@ class Course:
         figures: Mapping[str, ModuleFigures],
     ) -> Repaired:
         """The adapter as the output, unless it could not be measured."""
-        deciding = runs[-1]
-        told = self._told(runs)
+        deciding = settled(runs[-1])
         if not deciding.measured:
-            return told
-        method, counts = self.repairs.method, (self.judging or self.repairs.prompts).counts
+            self._end = deciding.failure
+            return self._told(runs)
+        judged_by, method = self._judged_by(mu), self.repairs.method
+        counts = (self.judging or self.repairs.prompts).counts
         facts = RepairFacts(
             mu, method.eps, method.tokens, method.tail, method.task_share,
             {name: getattr(deciding, name) for name in ("refusal_rate", "over_refusal_rate", "task_rate")},
-            meets(deciding, self.wishes.bounds, counts),
+            meets(deciding, self.wishes.bounds, counts), judged_by,
         )  # fmt: skip
         load = original_pairs(self.repairs.inputs) if mu is None else self.repairs.pairs(mu)
         roundings = write_repaired(self.repairs.inputs, self.output, load, facts)
-        return replace(told, mu=mu, controls=controls, figures=figures, roundings=roundings)
+        told = self._told(runs)
+        return replace(told, mu=mu, controls=controls, figures=figures, roundings=roundings, judged_by=judged_by)
 
     def _ended(self) -> Repaired:
         """What is known where it could not go on."""
@@ -223,28 +244,27 @@ class Course:
         return self._told(tuple(runs[label] for label in (ALIGNED, ADAPTER) if label in runs))
 
     def _told(self, runs: tuple[Run, ...]) -> Repaired:
-        measuring, captured = self.calibrating, self.repairs.captured
-        failures = [*measuring.failures, *(captured.losses if captured is not None else ())]
+        ended = [] if self._end is None else [self._end]
+        failures = [*ended, *self.calibrating.failures, *self._losses()]
         return Repaired(
-            judges=tuple(judge.name for judge in measuring.instrument.panel.judges),
-            runs=tuple(self._shown(run) for run in runs),
+            judges=tuple(judge.name for judge in self.calibrating.instrument.panel.judges),
+            runs=tuple(shown(run, self.repairs, self._places()) for run in runs),
             chosen=self._chosen,
             calibration=self._entry,
-            failure=self._named(next(iter(failures), None)),
+            failure=named(next(iter(failures), None), self.repairs),
             notes=self._all_notes(runs),
         )
 
-    def _shown(self, run: Run) -> Run:
-        """With the output in place of what was only there to be measured, which is named without its place."""
-        own = (AdapterChoice(str(self.output.target)),)
-        others = tuple(replace(one, path=Path(one.path).name) for one in run.adapters)
-        return replace(run, adapters=own if run.label == REPAIRED else others, failure=self._named(run.failure))
+    def _losses(self) -> list[Error]:
+        """Failures after which everything was asked or read all the same."""
+        captured = self.repairs.captured
+        return [*self.calibrating.losses, *(captured.losses if captured is not None else ())]
 
-    def _named(self, failure: Error | None) -> Error | None:
-        """Told of the adapter that the user named, where it is of one in scratch."""
-        if failure is None or failure.file is None or not Path(failure.file).is_relative_to(self.repairs.scratch):
-            return failure
-        return type(failure)(failure.message, file=self.repairs.inputs.adapter.path, tensor=failure.tensor)
+    def _places(self) -> dict[str, str]:
+        """What runs of repaired adapters are told to have been asked with, by label."""
+        target = str(self.output.target)
+        crossed = self.judging is None and self.calibrating.folds
+        return {IN_SAMPLE_RUN: target, REPAIRED: WITHOUT_FOLD if crossed else target}
 
     def _all_notes(self, runs: tuple[Run, ...]) -> tuple[str, ...]:
         measuring, captured = self.calibrating, self.repairs.captured
@@ -252,10 +272,11 @@ class Course:
         notes = [*self.notes, *measuring.session.notes, *measuring.notes]
         notes += [] if calibration is None else calibration.notes
         notes += [] if captured is None else captured.notes
+        notes += [f"{RESTARTED}: {named(loss, self.repairs)}" for loss in self._losses()]
         notes += unasked_notes(asked)
-        shown = runs if self.judging is None else (measuring.runs[ALIGNED], *runs)
+        asked_of = runs if self.judging is None else (measuring.runs[ALIGNED], *runs)
         told = utility_note(asked)
-        notes += [*notes_on(shown, self.wishes.max_tokens), *([] if told is None else [told])]
+        notes += [*notes_on(asked_of, self.wishes.max_tokens), *([] if told is None else [told])]
         return tuple(dict.fromkeys(notes))
 
 

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     import torch
 
     from safelora_gguf.repair.captured_sets import Inputs
+    from safelora_gguf.repair.closed_form import Moments, Weighted
     from safelora_gguf.repair.pair_store import PairStore, PairWriter
 
 _Key = tuple[float, int | None]
 
 Tell = Callable[[int, int, str], None]
 """Modules done, modules in all, the last one's name."""
+
+_USUAL_MU = 1.0
 
 NEVER_SEEN = "its input was never seen: no graph node that multiplies it was read"
 NO_HARMFUL = "no harmful token reached it"
@@ -84,7 +87,8 @@ class Solver:
     def solve(self, mus: Sequence[float], folds: Sequence[int | None] = (None,), *, tell: Tell | None = None) -> None:
         """Puts A' of all modules into the store, for every mu and fold that is not there yet.
 
-        One pass over the inputs, and one Gram matrix of each for as many mu and folds as are asked for at once.
+        One pass over the inputs, whose Gram matrices serve all mu, and all folds where memory has room for those of
+        all parts.
 
         Args:
             folds: the prompts that are left out; None leaves out none.
@@ -125,10 +129,10 @@ class Solver:
     def _solved(
         self, wanted: Sequence[_Key], pairs: Sequence[LoraPair], old: Sequence[torch.Tensor], rows: InputRows | None
     ) -> Iterator[tuple[_Key, Sequence[torch.Tensor]]]:
-        """A' of some pairs of one input for each mu and fold, from their A."""
+        """A' of some pairs of one input for each mu and fold, from their A, fold by fold."""
         import torch
 
-        from safelora_gguf.repair.closed_form import moments, repaired_a
+        from safelora_gguf.repair.closed_form import moments
 
         if rows is None or _note(rows) is not None:
             yield from ((key, old) for key in wanted)
@@ -136,18 +140,29 @@ class Solver:
         with torch.no_grad(), exact_float32():
             together = torch.cat([a.float() for a in old])
             seen = moments(rows.x.to(self._device), [part.length for part in rows.parts])
-            for mu, fold in wanted:
-                ridge = self._eps * rows.mean_squares[fold]
-                try:
-                    solution = (
-                        repaired_a(together, seen, rows.wanted(fold), rows.unwanted(fold, mu), ridge=ridge).a.cpu()
-                        if ridge > 0
-                        else together
-                    )
-                except ArithmeticError as error:
-                    told = f"can't be repaired at mu {mu:g}: {error}; a larger --eps makes it easier to solve"
-                    raise UnsupportedError(told, tensor=pairs[0].module) from error
-                yield (mu, fold), torch.split(solution, [len(a) for a in old])
+            for fold in dict.fromkeys(fold for _, fold in wanted):
+                mus = [mu for mu, its_fold in wanted if its_fold == fold]
+                for mu, solution in self._of_fold(fold, mus, together, rows, seen=seen, module=pairs[0].module):
+                    yield (mu, fold), torch.split(solution, [len(a) for a in old])
+
+    def _of_fold(
+        self, fold: int | None, mus: Sequence[float], a: torch.Tensor, rows: InputRows, *, seen: Moments, module: str
+    ) -> Iterator[tuple[float, torch.Tensor]]:
+        """A' for each mu, with what has to be made for a fold alone; that is gone before the next one's is made."""
+        from safelora_gguf.repair.closed_form import repaired_a, weighted
+
+        ridge = self._eps * rows.mean_squares[fold]
+        if not ridge > 0:
+            yield from ((mu, a) for mu in mus)
+            return
+        sets = weighted(seen, rows.wanted(fold), rows.unwanted(fold))
+        for mu in mus:
+            try:
+                solution = repaired_a(a, sets, mu, ridge=ridge)
+            except ArithmeticError as error:
+                told = f"can't be repaired at mu {mu:g}: {error}{_advice(error, a, sets, mu, ridge)}"
+                raise UnsupportedError(told, tensor=module) from error
+            yield mu, solution.a.cpu()
 
     def _inputs_of_pairs(self, folds: Sequence[int | None]) -> Iterator[tuple[list[LoraPair], InputRows | None]]:
         """Pairs that share an input, with its rows; those whose input was never seen come last."""
@@ -159,6 +174,19 @@ class Solver:
                 yield pairs, rows
         if left:
             yield list(left.values()), None
+
+
+def _advice(error: ArithmeticError, a: torch.Tensor, sets: Weighted, mu: float, ridge: float) -> str:
+    """Which number makes it solvable: the weight of harmful inputs, where a usual one does; or else the ridge."""
+    from safelora_gguf.repair.closed_form import IllConditionedError, repaired_a
+
+    if not isinstance(error, IllConditionedError):
+        return ""
+    if mu > _USUAL_MU:
+        with contextlib.suppress(ArithmeticError):
+            repaired_a(a, sets, _USUAL_MU, ridge=ridge)
+            return "; a smaller --mu makes it easier to solve"
+    return "; a larger --eps makes it easier to solve"
 
 
 def _told(

@@ -8,7 +8,7 @@ from statistics import median
 
 from rich.table import Table
 
-from safelora_gguf.repair.report import PromptHalf, RepairReport, SearchStep
+from safelora_gguf.repair.report import TASK_UNMEASURED, PromptHalf, RepairReport, SearchStep
 from safelora_gguf.smoke.report import SmokeReport
 from safelora_gguf.smoke_tables import bounds_in_words, smoke_summary, smoke_table
 from safelora_gguf.tables import number
@@ -64,8 +64,9 @@ def search_table(steps: Sequence[SearchStep], chosen: float | None) -> Table:
 
 
 def _notes(report: RepairReport) -> list[str]:
-    """Losses are warnings, not part of the result."""
-    return [f"note: {printable(note)}" for note in report.all_notes if note not in report.losses]
+    """Losses are warnings, not part of the result; that the task is unknown stands beside the verdict."""
+    elsewhere = {*report.losses, TASK_UNMEASURED}
+    return [f"note: {printable(note)}" for note in report.all_notes if note not in elsewhere]
 
 
 def _told(report: RepairReport, found: SmokeReport) -> list[str]:
@@ -117,18 +118,20 @@ def _changed(report: RepairReport) -> list[str]:
 def _ended(report: RepairReport, found: SmokeReport | None = None) -> list[str]:
     """What was written, and the verdict."""
     told = f"verdict: {report.verdict}"
+    told += ", estimated by cross-fitting" if report.judged_by == "cross-fitting" else ""
     if found is not None:
         told += f" ({printable(found.deciding.label)} was to refuse {bounds_in_words(found)})"
     if report.output is None:
         return ["nothing was written", told]
     written = f"wrote {printable(report.output.path)}, {report.output.bytes:,} bytes, {report.outtype}"
-    return [written, told]
+    return [written, *([TASK_UNMEASURED] if report.task_unmeasured else []), told]
 
 
 def _planned(report: RepairReport) -> list[str]:
     """What a dry run tells."""
     place, size = report.planned_output
-    how = "the smallest mu that reaches the bounds" if report.mu_mode == "auto" else "the given mu"
+    auto = "the smallest mu that refuses enough, or a little more where that costs nothing"
+    how = auto if report.mu_mode == "auto" else "the given mu"
     judged = "the same prompts, each by a repair without it" if report.judging is None else _half(report.judging)
     return [
         *_notes(report),

@@ -18,6 +18,10 @@ def readings(continued: Collection[Continued], firsts: Sequence[int], limit: int
 
     A prompt whose share is nothing keeps nothing and reads nothing.
 
+    What is kept of a prompt doesn't depend on what the others say: a solution without some of them knows nothing of
+    their text. Where there is not room for all, it depends on how long they are: a shorter one leaves some of its share
+    to the others, and of those whose share this changes other positions are drawn.
+
     Args:
         continued: prompts with their answers, without errors.
         firsts: of each, the first position that may be kept.
@@ -29,11 +33,12 @@ def readings(continued: Collection[Continued], firsts: Sequence[int], limit: int
     """
     if min(firsts, default=0) < 0:
         raise ValueError("a position below 0")
-    lot = random.Random(seed)
     wholes = [one.prompt + one.answer for one in continued]
     open_to = [max(0, len(whole) - first) for whole, first in zip(wholes, firsts, strict=True)]
+    counts = shares(open_to, limit, random.Random(seed))
     found = []
-    for whole, first, size, share in zip(wholes, firsts, open_to, shares(open_to, limit, lot), strict=True):
+    for whole, first, size, share in zip(wholes, firsts, open_to, counts, strict=True):
+        lot = random.Random(f"{seed} {whole}")  # by SHA-512, the same on every machine
         keep = tuple(first + place for place in _spread(size, share, lot))
         found.append(Reading(whole[: keep[-1] + 1] if keep else (), keep))
     return tuple(found)
@@ -70,8 +75,8 @@ def shares(sizes: Sequence[int], limit: int, lot: random.Random) -> tuple[int, .
         left -= size
     else:
         return tuple(sizes)
+    lots = [lot.random() for _ in sizes]  # of all, so that one's size doesn't move the others' lots
     larger = [place for place, size in enumerate(sizes) if size > level]
-    lots = {place: lot.random() for place in larger}
     more = set(sorted(larger, key=lots.__getitem__)[: left - level * len(larger)])
     return tuple(min(size, level) + (place in more) for place, size in enumerate(sizes))
 

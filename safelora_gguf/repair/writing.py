@@ -16,6 +16,7 @@ from converters.errors import FormatError, UnsupportedError
 from converters.identity import plain_name
 from safelora_gguf._version import __version__
 from safelora_gguf.repair.inputs import RepairInputs
+from safelora_gguf.repair.repaired import JudgedBy
 
 NewA = Callable[[str], torch.Tensor]
 """Gives the repaired A (r, in) of a module in float32 on the CPU, in GGUF's layout."""
@@ -35,8 +36,9 @@ class RepairFacts:
         tokens: at most so many per set and input.
         tail: of a harmful prompt, so many tokens before the answer were read.
         task_share: what task prompts made of the benign inputs' second moment.
-        rates: `refusal_rate`, `over_refusal_rate`, `task_rate` as they were measured; None is left out.
+        rates: `refusal_rate`, `over_refusal_rate`, `task_rate` as they were measured or estimated; None is left out.
         reached: whether the bounds were; None where that wasn't measured.
+        judged_by: what the rates tell.
         more: further metadata of the output.
     """
 
@@ -47,6 +49,7 @@ class RepairFacts:
     task_share: float
     rates: Mapping[str, float | None] = field(default_factory=dict)
     reached: bool | None = None
+    judged_by: JudgedBy = "other prompts"
     more: Mapping[str, Fact] = field(default_factory=dict)
 
 
@@ -129,6 +132,11 @@ def _origin(inputs: RepairInputs, facts: RepairFacts) -> Origin:
 
 
 _TAGS = ("lora", "safelora-gguf")
+_HOW: Mapping[JudgedBy, str] = {
+    "other prompts": "Measured",
+    "cross-fitting": "Estimated by cross-fitting, from adapters repaired without the prompts they were asked",
+    "calibration prompts": "Measured on the prompts that calibrated it, which flatters it",
+}
 _WORDS = {
     "refusal_rate": "of harmful prompts refused",
     "over_refusal_rate": "of harmless ones",
@@ -142,7 +150,9 @@ def _rates(facts: RepairFacts) -> str:
     if not told:
         return _MEASURE
     missed = ", which misses the bounds that were set" if facts.reached is False else ""
-    return f"Measured: {', '.join(told)}{missed}. Other prompts may be answered otherwise."
+    task = "" if facts.rates.get("task_rate") is not None else " The adapter's own task was not measured."
+    how = "Measured" if facts.mu is None else _HOW[facts.judged_by]
+    return f"{how}: {', '.join(told)}{missed}. Other prompts may be answered otherwise.{task}"
 
 
 def _own_facts(inputs: RepairInputs, facts: RepairFacts) -> dict[str, Fact]:
@@ -160,11 +170,12 @@ def _own_facts(inputs: RepairInputs, facts: RepairFacts) -> dict[str, Fact]:
 
 
 def _measured_facts(facts: RepairFacts) -> dict[str, Fact]:
+    how = "estimated" if facts.judged_by == "cross-fitting" else "measured"
     found: dict[str, Fact] = {
-        f"safelora.measured.{key}": float(rate) for key in _WORDS if (rate := facts.rates.get(key)) is not None
+        f"safelora.{how}.{key}": float(rate) for key in _WORDS if (rate := facts.rates.get(key)) is not None
     }
     if facts.reached is not None:
-        found["safelora.verdict"] = "pass" if facts.reached else "fail"
+        found |= {"safelora.verdict": "pass" if facts.reached else "fail", "safelora.judged_by": facts.judged_by}
     return found
 
 

@@ -41,6 +41,9 @@ class Line(Protocol):
     def between(self, below: float, above: float) -> Candidate | None:
         """One between two positions; None where there is none worth a measurement."""
 
+    def past(self, position: float) -> tuple[float, float] | None:
+        """From where to where no less may be kept than at a boundary, though more is changed; None: nowhere."""
+
 
 class Measurer(Protocol):
     """Measures a candidate; a failure of llama.cpp is in the figures."""
@@ -58,7 +61,7 @@ class Found:
         candidates: all, line by line, each by growing position.
         coarse, full: figures by key.
         chosen: the best that reaches the bounds; None where none does.
-        nearest: where none does, the one that misses them by least.
+        nearest: where none does, the best of those that come nearest.
         open_lines: those whose boundary was not found before the measurements were spent.
         missing: how many more measurements that would have taken at most.
     """
@@ -86,10 +89,17 @@ class Found:
         return None if first is candidate else first
 
     def best(self, candidates: Sequence[Candidate], goal: Goal) -> Candidate | None:
-        """The best of some that reaches the bounds, else the one that misses them by least; None where none was
-        measured fully."""
-        tried = [one for one in candidates if one.key in self.full and self.full[one.key].error is None]
-        return min(tried, key=lambda one: goal.standing(self.full[one.key], one.changed), default=None)
+        """The best of some that reaches the bounds, else of those that are what is looked for, else of those that miss
+        it by about the least; None where none was measured fully."""
+        tried = [(one, self.full[one.key]) for one in candidates if one.key in self.full]
+        tried = [(one, figures) for one, figures in tried if figures.error is None]
+        rank = min((goal.rank(figures) for _, figures in tried), default=0)
+        alike = [(one, figures) for one, figures in tried if goal.rank(figures) == rank]
+        if rank > 1:
+            least = min(goal.shortfall(figures) for _, figures in alike)
+            alike = [(one, figures) for one, figures in alike if goal.about_as_near(figures, least)]
+        best = min(alike, key=lambda pair: (*goal.worth(pair[1]), pair[0].changed), default=None)
+        return None if best is None else best[0]
 
     def joined(self, candidate: Candidate, figures: Figures, goal: Goal) -> Found:
         """With one more full measurement, of a candidate that may be new; chosen anew."""
@@ -104,5 +114,5 @@ class Found:
     def judged(self, goal: Goal) -> Found:
         """With the best of all as the chosen or the nearest."""
         best = self.best(self.candidates, goal)
-        reaches = best is not None and goal.reaches(self.full[best.key])
+        reaches = best is not None and goal.passes(self.full[best.key])
         return replace(self, chosen=best if reaches else None, nearest=None if reaches else best)

@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from converters.errors import UsageError
+from safelora_gguf.repair.choosing import OCTAVES
 from safelora_gguf.selection import Selection
 from safelora_gguf.setting import EVERY, Operator, Setting
 from safelora_gguf.tune.found import Candidate, Line
-from safelora_gguf.tune.repair_line import OCTAVES, REPAIR, Repair, Repairing, RepairLine
+from safelora_gguf.tune.repair_line import REPAIR, Repair, Repairing, RepairLine
 from safelora_gguf.tune.ways import Described, Scored, Way, way_of
 
 UNTOUCHED = Setting("scale")
@@ -141,6 +142,9 @@ class SettingLine:
     def between(self, below: float, above: float) -> Candidate | None:
         setting = self._between(below, above)
         return None if setting is None else self._candidate(setting)
+
+    def past(self, position: float) -> None:
+        """Nowhere: more change keeps less."""
 
     def way(self, candidate: Candidate) -> Way:
         return way_of(self._at(candidate), self.scored, self.outtype)

@@ -124,7 +124,7 @@ def prepare_tuning(
     everything = Setting(*grid.asked[0]) if grid.asked else None
     place = Place(out, to, outtype, force)
     method = replace(method or Method(), seed=asking.seed, outtype=outtype, device=device)
-    asked = RepairAsked(grid, asking, repair_prompts, method)
+    asked = RepairAsked(grid, asking, repair_prompts, method, dora_rank)
     prompts, repair, notes = plan_repair(
         asked, prompts, bounds, partial(_repairable, model, adapter, dora_rank, place, reads)
     )

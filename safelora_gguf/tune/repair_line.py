@@ -13,16 +13,15 @@ from typing import Any, Literal, Protocol
 
 from converters.adapters.output import Fact
 from converters.errors import UsageError
+from safelora_gguf.repair.choosing import LOWEST, OCTAVE, mu_at
 from safelora_gguf.tune.found import Candidate
 from safelora_gguf.tune.ways import Command, Way, Written
 
 REPAIR = "repair by mu"
 
-OCTAVES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Refusals come back over a factor of 2 in mu, and where that is differs from adapter to adapter."""
-
-_FINEST = 0.25  # octaves: steps below this are not worth a measurement
-_LEAST = 0.25  # smaller ones leave the adapter as it was
+_FINEST = 1 / OCTAVE  # octaves: steps below this are not worth a measurement
+_LEAST = mu_at(LOWEST)
+_PAST = (0.99, 2.01)  # octaves past a boundary
 _DIGITS = 4  # of mu, so that what a report tells makes the same adapter
 
 
@@ -50,7 +49,7 @@ class Repair:
 
 
 class Repairing(Protocol):
-    """Makes repaired adapters of any mu; see `repairing.Repairing`."""
+    """Makes repaired adapters of any mu; see `repairing.Repairer`."""
 
     @property
     def modules(self) -> int:
@@ -97,12 +96,22 @@ class RepairLine:
         return [self._candidate(repair) for repair in self.repairs]
 
     def between(self, below: float, above: float) -> Candidate | None:
-        """The geometric middle, down to quarter octaves; below the first one, half of it."""
+        """The geometric middle, down to quarter octaves; below the first one half of it, if that isn't below all mu
+        that `repair` looks among."""
+        if above >= 1:
+            return None  # of so large a mu the position doesn't tell
         high = _mu_at(above)
         low = _mu_at(below) if below > 0 else high / 4
         if (below <= 0 and high / 2 < _LEAST) or math.log2(high / low) < 1.99 * _FINEST:
             return None
         return self._candidate(Repair(_rounded(math.sqrt(low * high))))
+
+    def past(self, position: float) -> tuple[float, float]:
+        """One or two octaves further."""
+        if position >= 1:
+            return 1.0, 1.0
+        less, more = (_position(_mu_at(position) * 2**octaves) for octaves in _PAST)
+        return less, more
 
     def way(self, candidate: Candidate) -> Way:
         named = next((one for one in self.repairs if one.name == candidate.name), None)
@@ -131,8 +140,11 @@ class RepairLine:
         )
 
     def _candidate(self, repair: Repair) -> Candidate:
-        position = repair.mu / (1 + repair.mu)  # as of 0 the adapter is untouched; towards 1 nothing else counts
-        return Candidate(repair.name, REPAIR, position, ("repair", repair.mu), self.repairing.modules)
+        return Candidate(repair.name, REPAIR, _position(repair.mu), ("repair", repair.mu), self.repairing.modules)
+
+
+def _position(mu: float) -> float:
+    return mu / (1 + mu)  # at 0 the adapter is untouched; towards 1 nothing else counts
 
 
 def _mu_at(position: float) -> float:

@@ -19,7 +19,7 @@ from safelora_gguf.repair.prompt_halves import (
 )
 from safelora_gguf.repair.report import PromptHalf
 from safelora_gguf.smoke.asking import Asking
-from safelora_gguf.smoke.plan import GUARD
+from safelora_gguf.smoke.plan import GUARD, SCORE
 from safelora_gguf.smoke.prompts import PromptSet, load_prompts
 from safelora_gguf.smoke.report import Bounds
 from safelora_gguf.tune.grid import GridOptions
@@ -45,6 +45,7 @@ class RepairPlan:
         judging: those that judge every candidate.
         repairs: the candidates of the grid.
         command: makes the same adapters, but for mu.
+        asked: whether it was asked for them, by their mu.
     """
 
     inputs: RepairInputs
@@ -53,6 +54,7 @@ class RepairPlan:
     method: Method
     repairs: tuple[Repair, ...]
     command: Command
+    asked: bool = False
 
     @property
     def halves(self) -> tuple[PromptHalf, PromptHalf]:
@@ -81,27 +83,41 @@ class RepairAsked:
 
     Attributes:
         files: prompts to calibrate with; none: a half of those that judge otherwise.
+        dora_rank: of a DoRA adapter's plain pairs.
     """
 
     grid: GridOptions
     asking: Asking
     files: Sequence[str | Path]
     method: Method
+    dora_rank: int | None = None
 
-    @property
-    def command(self) -> Command:
-        """The command of ours that makes the same, but for mu."""
-        exact = (bool(self.files) or not self.asking.prompts) and GUARD not in self.asking.judges
+    def command(self, *, whole: bool = True) -> Command:
+        """The command of ours that makes the same, but for mu; with a judge that `repair` sets up on other prompts, or
+        on prompts that it deals otherwise, one like it.
+
+        Args:
+            whole: whether all prompts of the files calibrate; none judges, too.
+        """
+        apart = bool(self.files and self.asking.prompts)  # `repair` is told what judges, and leaves out the same
+        packaged = not self.files and not self.asking.prompts
+        judged_alike = not {GUARD, SCORE} & set(self.asking.judges)
+        exact = judged_alike and (apart or packaged or (bool(self.files) and whole))
         return Command("repair", ("model", "adapter"), _options(self), exact)
 
 
 @dataclass(frozen=True)
 class Division:
-    """Prompts that judge and others that calibrate, and how that came about; or why nothing calibrates."""
+    """Prompts that judge and others that calibrate, and how that came about; or why nothing calibrates.
+
+    Attributes:
+        whole: whether all that were given to calibrate do.
+    """
 
     judging: PromptSet
     calibration: PromptSet | None
     note: str | None
+    whole: bool = True
 
 
 def plan_repair(
@@ -134,7 +150,10 @@ def plan_repair(
         if asked.grid.mus:
             raise
         return prompts, None, (f"{LEFT_OUT}: {error}",)
-    plan = RepairPlan(inputs, found.calibration, found.judging, asked.method, asked.grid.repairs, asked.command)
+    plan = RepairPlan(
+        inputs, found.calibration, found.judging, asked.method, asked.grid.repairs, asked.command(whole=found.whole),
+        asked=bool(asked.grid.mus),
+    )  # fmt: skip
     return found.judging, plan, notes
 
 
@@ -148,7 +167,7 @@ def _with_files(prompts: PromptSet, asked: RepairAsked) -> Division:
             f"{loaded.name} leaves no {' and no '.join(missing)} prompts{taken}; repair is calibrated with harmful and "
             f"with harmless ones"
         )
-    return Division(prompts, left, note)
+    return Division(prompts, left, note, whole=note is None)
 
 
 def _in_halves(prompts: PromptSet, bounds: Bounds, fewest: int) -> Division:
@@ -171,9 +190,11 @@ def _divided(calibration: PromptSet, judging: PromptSet) -> str:
     unseen = unseen_categories(calibration, judging)
     names = "; ".join(f"{kind}: {', '.join(found)}" for kind, found in unseen.items())
     told = f", in part of categories that it has not seen ({names})" if names else ""
+    asked = judging.counts["harmful"]
+    few = f"; {asked} harmful one{'s' * (asked != 1)} to judge by {'are' if asked != 1 else 'is'} too few to trust"
     return (
         f"{len(calibration.prompts)} of the prompts calibrate repair and judge nothing; the other "
-        f"{len(judging.prompts)} judge every candidate{told}"
+        f"{len(judging.prompts)} judge every candidate{told}{few if asked < FEWEST else ''}"
     )
 
 
@@ -184,8 +205,11 @@ def _options(asked: RepairAsked) -> tuple[str, ...]:
     found += [("judge-prompts", file) for file in asking.prompts] if asked.files else []
     if asking.judges != Asking().judges:
         found += [("judge", judge) for judge in asking.judges if judge != GUARD]
-    found += _unusual(asking, Asking(), ("max_tokens", "ctx", "system", "template", "limit", "seed"))
-    found += _unusual(method, Method(), ("eps", "tokens", "tail", "task_share", "outtype"))
+    found += _unusual(asked, RepairAsked(asked.grid, asking, (), method), ("dora_rank",))
+    found += _unusual(
+        asking, Asking(), ("max_tokens", "ctx", "system", "template", "limit", "seed", "parallel", "gpu_layers")
+    )
+    found += _unusual(method, Method(), ("eps", "tokens", "tail", "task_share", "outtype", "device"))
     return tuple(word for name, value in found for word in (f"--{name.replace('_', '-')}", str(value)))
 
 

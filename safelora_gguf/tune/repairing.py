@@ -42,6 +42,7 @@ class Repairer:
         untouched: the adapter as it is, as GGUF; beside it inputs and solutions are kept.
         refused: harmful calibration prompts that the aligned model refuses, once `prepare` has found them.
         failure: why inputs could not be read; it is not tried again.
+        unsolved: why there is no repair at a mu, for each that was tried in vain.
     """
 
     plan: RepairPlan
@@ -51,7 +52,17 @@ class Repairer:
     meter: Meter
     refused: tuple[Prompt, ...] = ()
     failure: LlamaError | UnsupportedError | None = None
+    unsolved: dict[float, UnsupportedError] = field(default_factory=dict)
     _repairs: Repairs | None = field(default=None, repr=False)
+    _one_by_one: bool = False
+
+    @property
+    def unmet(self) -> LlamaError | UnsupportedError | None:
+        """Why a mu that was asked for has no repair."""
+        if not self.plan.asked:
+            return None
+        unsolved = (self.unsolved.get(one.mu) for one in self.plan.repairs)
+        return self.failure or next((error for error in unsolved if error is not None), None)
 
     @property
     def modules(self) -> int:
@@ -148,20 +159,36 @@ class Repairer:
         )
 
     def _pairs(self, repair: Repair) -> LoadPair:
-        """A' and B by module; all that the grid still has to measure is solved at once."""
+        """A' and B by module; all that the grid still has to measure is solved at once, unless one of it can't be."""
         if self.failure is not None:
             raise self.failure
+        if repair.mu in self.unsolved:
+            raise self.unsolved[repair.mu]
         made = self._made()
-        left = [one.mu for one in self.plan.repairs if self.norm_ratio(one) is None]
         try:
-            made.solve(list(dict.fromkeys([repair.mu, *left])))
+            captured = made.read()
         except (LlamaError, UnsupportedError) as error:
             self.failure = error
             raise
-        captured = made.captured
-        if captured is not None and self.journal.get(_STAGE, _NOTES) is None:
+        if self.journal.get(_STAGE, _NOTES) is None:
             self.journal.put(_STAGE, _NOTES, {"notes": [*captured.notes, *map(str, captured.losses)]})
+        self._solve(made, repair.mu)
         return made.pairs(repair.mu)
+
+    def _solve(self, made: Repairs, mu: float) -> None:
+        left = [] if self._one_by_one else [one.mu for one in self.plan.repairs if self.norm_ratio(one) is None]
+        try:
+            try:
+                made.solve(list(dict.fromkeys([mu, *left])))
+            except UnsupportedError:
+                self._one_by_one = True
+                made.solve([mu])
+        except UnsupportedError as error:
+            self.unsolved[mu] = error
+            raise
+        except LlamaError as error:
+            self.failure = error
+            raise
 
     def _made(self) -> Repairs:
         if self._repairs is None:

@@ -84,9 +84,11 @@ class Tuned:
     Attributes:
         runs: the aligned model, the adapter, the chosen or nearest candidate, and what it is compared with.
         chosen: the best that reaches the bounds, which was written.
-        nearest: where none does, the one that misses them by least.
+        nearest: where none does, the best of those that come nearest.
         written: the report on writing the chosen or nearest one.
-        controls: of a winner that is repaired; else of the best projection, whether or not it won.
+        looked_for: the refusal rate that the search went by, where the aligned model itself misses the bound.
+        controls: of what won before it was held against them, if that is repaired; else of the best projection, whether
+            or not it won. A scaled control that does better is the winner then.
         beside: what was measured fully, by what it stands for (see `comparing`): label of its run.
     """
 
@@ -102,6 +104,7 @@ class Tuned:
     calibration: Mapping[str, Any] | None = None
     beside: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    looked_for: float | None = None
 
 
 @dataclass(frozen=True)
@@ -270,6 +273,6 @@ def report_candidate(candidate: Candidate, found: Found, way: Way, total: int, g
         figures=figures,
         coarse=found.coarse.get(candidate.key) if full else None,
         utility=None if figures is None else figures.utility(goal.utility_is),
-        reaches=full and figures is not None and goal.reaches(figures),
+        reaches=full and figures is not None and goal.passes(figures),
         command=way.command,
     )

@@ -22,6 +22,7 @@ from safelora_gguf.tune.grid import SCALING
 from safelora_gguf.tune.making import Making
 from safelora_gguf.tune.measuring import ADAPTER, ALIGNED, Measuring, figures_of
 from safelora_gguf.tune.repair_line import REPAIR
+from safelora_gguf.tune.repair_plan import FEWEST
 from safelora_gguf.tune.report import CandidateReport, Tuned, report_candidate
 from safelora_gguf.tune.search import search
 from safelora_gguf.tune.ways import Written
@@ -70,6 +71,10 @@ class Prepared(Protocol):
         """Why none could be made after all."""
 
     @property
+    def unmet(self) -> Error | None:
+        """Why one that was asked for could not be made."""
+
+    @property
     def notes(self) -> Sequence[str]:
         """What a careful reader should know of how it went."""
 
@@ -102,6 +107,7 @@ class Course:
         if self.measuring.full(untouched).error is not None or self._nothing_to_restore(aligned):
             return self._ended((aligned, self.measuring.runs[untouched.key]), entry)
         runs = aligned, self.measuring.runs[untouched.key]
+        self._look_beside(aligned)
         self._prepare_repair(figures_of(runs[1]))
         found = search(
             untouched,
@@ -117,7 +123,7 @@ class Course:
 
     def _prepare_repair(self, untouched: Figures) -> None:
         """Leaves out the line of repairs where there can be none; asks nothing where nothing is searched."""
-        if self.repairing is None or self.wishes.goal.reaches(untouched):
+        if self.repairing is None or self.wishes.goal.passes(untouched):
             return
         reason = self.repairing.prepare(self.measuring)
         if reason is not None:
@@ -143,17 +149,30 @@ class Course:
 
     def _nothing_to_restore(self, aligned: Run) -> bool:
         refused, asked = aligned.refusals
-        if refused == 0:
+        if refused == 0 and asked < FEWEST:
+            self.notes.append(
+                f"the aligned model refuses none of the harmful prompts that judge; {asked} of them "
+                f"{'is' if asked == 1 else 'are'} too few to tell anything by: ask {FEWEST} or more"
+            )
+        elif refused == 0:
             self.notes.append(
                 f"the aligned model refuses none of the {asked} harmful prompts: there is nothing that an adapter "
                 f"could have taken away or a projection bring back; is --model the aligned model, with its own "
                 f"chat template?"
             )
-        elif not self.wishes.goal.bounds.refuses(aligned.refusals):
-            self.notes.append(
-                f"the aligned model itself refuses {refused} of {asked} harmful prompts, which doesn't reach the bound"
-            )
         return refused == 0
+
+    def _look_beside(self, aligned: Run) -> None:
+        """Looks for what the aligned model makes possible, where it misses the bound itself."""
+        refused, asked = aligned.refusals
+        goal = self.wishes.goal.beside((refused, asked))
+        if goal.looked_for is None:
+            return
+        self.wishes, bound = replace(self.wishes, goal=goal), goal.bounds.min_refusal
+        self.notes += [
+            f"the aligned model itself refuses {refused} of {asked} harmful prompts, which doesn't reach the bound",
+            f"candidates were looked for that bring back {bound:.0%} of what the aligned model refuses",
+        ]
 
     def _ended(self, runs: tuple[Run, ...], entry: Mapping[str, Any] | None) -> Tuned:
         """There was nothing to search."""
@@ -165,7 +184,7 @@ class Course:
             nearest=None,
             written=None,
             output=None,
-            failure=next(iter(self.measuring.failures), None),
+            failure=self._failure(),
             calibration=entry,
             notes=self._notes(runs),
         )
@@ -188,12 +207,18 @@ class Course:
             nearest=None if found.nearest is None else self._report(found.nearest, found),
             written=written,
             output=None if kept is None else kept.output,
-            failure=next(iter(self.measuring.failures), None),
+            failure=self._failure(),
             controls=compared.controls,
             calibration=entry,
             beside=compared.beside,
             notes=self._notes(shown),
+            looked_for=self.wishes.goal.looked_for,
         )
+
+    def _failure(self) -> Error | None:
+        """The first thing that llama.cpp failed on; else what was asked for and could not be made."""
+        unmet = None if self.repairing is None else self.repairing.unmet
+        return next(iter(self.measuring.failures), unmet)
 
     def _report(self, candidate: Candidate, found: Found) -> CandidateReport:
         return report_candidate(

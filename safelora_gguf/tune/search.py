@@ -1,13 +1,14 @@
 """The search for the candidate that keeps most among those that refuse enough. It knows nothing of operators or files.
 
-Candidates stand on lines, each ordered by how much it changes the adapter: the further along, the more is refused and
-the less is kept, roughly. Three passes:
+Candidates stand on lines, each ordered by how much it changes the adapter: the further along, the more is refused and,
+on most lines, the less is kept, roughly. Three passes:
 
     coarse    every candidate by a cheap measurement
     refine    on each line, between the last candidate that refuses too little and the first that refuses enough
     full      the dear measurement: of each line first what the coarse pass thinks good, the best utility first between
               lines; then its neighbours, until both sides of the line's boundary are known (see `boundary`), whatever
-              the coarse pass says of them; then finer steps there, and what else may be better
+              the coarse pass says of them; then what stands past it (see `margin`), finer steps there, and what else
+              may be better
 
 Only the full pass decides. Candidates with equal keys are the same adapter and are measured once. One line may be the
 yardstick: what any other way is held against. It neither spends the others' measurements nor rules any of them out,
@@ -22,6 +23,7 @@ from dataclasses import replace
 from safelora_gguf.tune.boundary import Gap, gap_of
 from safelora_gguf.tune.figures import Disagreement, Figures, Goal
 from safelora_gguf.tune.found import Candidate, Found, Line, Measurer
+from safelora_gguf.tune.margin import next_past
 
 YARDSTICK_STEPS = 8
 """Full measurements of the yardstick at most: to find a boundary among ten candidates and halve the step twice."""
@@ -61,10 +63,11 @@ def search(
 
 
 def _measure(state: _Search, lines: Sequence[Line], most: int, refine: int) -> None:
-    """The full pass over some lines."""
+    """The full pass over some lines; the last measurement is kept for what stands past a boundary."""
     added = dict.fromkeys((line.name for line in lines), 0)
-    for _ in range(most):
-        candidate = state.next_of([line.name for line in lines])
+    for left in range(most, 0, -1):
+        candidate = state.past(lines) if left == 1 else None
+        candidate = candidate or state.next_of(lines)
         if candidate is None:
             return
         state.measure_fully(candidate)
@@ -97,7 +100,7 @@ class _Search:
     @property
     def settled(self) -> bool:
         """Whether the untouched adapter reaches the bounds: nothing keeps more."""
-        return self._goal.reaches(self._full[self._untouched.key])
+        return self._goal.passes(self._full[self._untouched.key])
 
     def measure_coarsely(self) -> None:
         for candidates in self._lines.values():
@@ -123,15 +126,30 @@ class _Search:
         self._finer |= {added.name} if added is not None else set()
         return added is not None
 
-    def next_of(self, names: Sequence[str]) -> Candidate | None:
+    def next_of(self, lines: Sequence[Line]) -> Candidate | None:
         """The next of these lines to be measured with text; None where nothing could be gained."""
+        names = [line.name for line in lines]
         picked: list[tuple[tuple[float, ...], int, Candidate]] = []
         for place, name in enumerate(names):
             gap = self._gap(name)
             candidate = self._pick(gap)
             if candidate is not None:
                 picked.append((self._rank(candidate, gap), place, candidate))
-        return min(picked, key=lambda entry: entry[:2])[2] if picked else self._leftover(names)
+        best = min(picked, key=lambda entry: entry[:2], default=None)
+        past = self.past(lines) if best is None or best[0][0] == _FINER else None
+        return past or (best[2] if best is not None else self._leftover(names))
+
+    def past(self, lines: Sequence[Line]) -> Candidate | None:
+        """What is to be measured past a boundary that is known."""
+        for line in lines:
+            if not self._finer.issuperset(one.name for one in self._gap(line.name).open):
+                continue
+            along = [(one, self._full.get(one.key)) for one in self._lines[line.name] if not self._is_broken(one)]
+            known = [(one, figures) for one, figures in along if figures is not None or not self._is_beaten(one)]
+            found = next_past(line, known, self._goal)
+            if found is not None:
+                return found
+        return None
 
     def found(self) -> Found:
         candidates = (self._untouched, *(one for line in self._lines.values() for one in line))
@@ -196,11 +214,12 @@ class _Search:
         return figures.error is not None
 
     def _is_beaten(self, candidate: Candidate) -> bool:
-        """Whether something that reaches the bounds is known to keep as much as this one does, whatever its text."""
+        """Whether something that reaches the bounds is known to be as good as this one, whatever its text."""
         figures = self._coarse[candidate.key]
         if candidate.line == self._yardstick or not self._goal.knows_utility(figures):
             return False
-        return any(self._goal.worth(self._full[other.key]) <= self._goal.worth(figures) for other in self._reaching())
+        most = self._goal.worth(self._goal.hoped(figures))
+        return any(self._goal.worth(self._full[other.key]) <= most for other in self._reaching())
 
     def _reaching(self) -> list[Candidate]:
         """What reaches the bounds, apart from the yardstick."""

@@ -37,10 +37,12 @@ def candidate_table(report: TuneReport) -> Table:
 
 
 def _confirmed(report: TuneReport) -> list[CandidateReport]:
-    found = () if report.tuned is None else report.tuned.candidates
-    full = [(one, one.figures) for one in found if one.same_as is None]
-    goal = report.goal
-    ranked = [((not one.reaches, goal.shortfall(figures), *goal.worth(figures)), one)
+    """The winner, then the others as they stand."""
+    if report.tuned is None:
+        return []
+    goal, winner = report.goal, report.tuned.chosen or report.tuned.nearest
+    full = [(one, one.figures) for one in report.tuned.candidates if one.same_as is None]
+    ranked = [((winner is None or one.name != winner.name, *goal.standing(figures, 0)), one)
               for one, figures in full if figures is not None and figures.stage == "full"]  # fmt: skip
     return [one for _, one in sorted(ranked, key=lambda pair: pair[0])]
 

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from converters.adapters.output import AdapterOutput, Fact
@@ -157,7 +157,7 @@ class Tuning:
     def _report(self, notes: tuple[str, ...], tuned: Tuned | None = None) -> TuneReport:
         calibration, judging = (None, None) if self.repair is None else self.repair.halves
         return TuneReport(
-            goal=self.wishes.goal,
+            goal=replace(self.wishes.goal, looked_for=None if tuned is None else tuned.looked_for),
             prompts=PromptSummary(self.prompts.name, self.prompts.version, self.prompts.counts),
             settings=self._settings(),
             inputs=(*self.inputs.reports, *self.files.inputs),

@@ -25,6 +25,7 @@ from safelora_gguf import convert_adapter
 from safelora_gguf.cli import app
 from safelora_gguf.repair import making, repairing
 from safelora_gguf.repair.capturing import capture_sets
+from safelora_gguf.repair.measuring import IN_SAMPLE_RUN
 from safelora_gguf.smoke.parent.session import Session
 
 pytest.importorskip("llama_cpp")
@@ -173,12 +174,31 @@ def test_a_model_is_loaded_once_and_a_given_mu_is_not_looked_for(
 def test_own_prompts_alone_judge_by_adapters_that_have_not_seen_them(tmp_path: Path) -> None:
     data = told(repair(tmp_path / "x.gguf", "--json", judged=False))
     assert data["prompts"]["judging"] is None
-    assert any("repaired without its fold, one of 3" in note for note in data["notes"])
+    assert any("repaired without its fold, one of 3" in note and "mu was chosen" in note for note in data["notes"])
+    assert (data["judged_by"], data["deciding"]) == ("cross-fitting", "repaired")
     repaired = run_of(data, "repaired")
     chosen = next(step for step in data["search"] if step["mu"] == data["mu"] and step["by"] == "text")
     assert chosen["refusal_rate"] == repaired["refusal_rate"]
     assert chosen["task_rate"] == repaired["task_rate"]
     assert [one["against"] for one in repaired["utility"]] == ["aligned model", "adapter"]
+    fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
+    assert fields["safelora.estimated.refusal_rate"].contents() == pytest.approx(repaired["refusal_rate"])
+    assert not any(name.startswith("safelora.measured.") for name in fields)
+
+
+def test_the_adapter_that_is_written_is_measured_beside_the_estimate_as_smoke_measures_it(tmp_path: Path) -> None:
+    out = tmp_path / "x.gguf"
+    data = told(repair(out, "--mu", 2, "--json", judged=False))
+    assert [run["label"] for run in data["runs"]] == ["aligned model", "adapter", IN_SAMPLE_RUN, "repaired"]
+    own, repaired = run_of(data, IN_SAMPLE_RUN), run_of(data, "repaired")
+    assert own["adapters"] == [{"path": str(out), "scale": 1.0}]
+    assert str(out) not in {one["path"] for one in repaired["adapters"]}, "three other adapters answered there"
+    assert not any("mu was chosen" in note for note in data["notes"])
+    measured = told(CliRunner().invoke(app, [
+        "smoke", "--model", str(FAMILY / "aligned.gguf"), "--adapter", str(out), "--prompts",
+        str(FAMILY / "calibration.jsonl"), "--limit", str(LIMIT), "--max-tokens", "28", "--threads", "1", "--json",
+    ]))  # fmt: skip
+    assert [one["text"] for one in measured["runs"][-1]["responses"]] == [one["text"] for one in own["responses"]]
 
 
 def test_peft_in_peft_out_with_b_as_it_was(tmp_path: Path) -> None:
@@ -254,4 +274,4 @@ out = "merged"
 def test_a_card_tells_of_the_repair(tmp_path: Path) -> None:
     assert repair(tmp_path / "x.gguf", "--mu", 2, "--card").exit_code == 0
     card = next(path for path in tmp_path.iterdir() if path.suffix == ".md").read_text()
-    assert "repair" in card
+    assert "A LoRA adapter, repaired" in card and "- tail: 9" in card

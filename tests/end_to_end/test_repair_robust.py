@@ -39,6 +39,14 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What comes out with mu 2."""
+    out = tmp_path_factory.mktemp("undisturbed") / "x.gguf"
+    told(repair(out, "--mu", 2, "--json"))
+    return out.read_bytes()
+
+
 def test_a_verdict_that_is_missed_is_exit_1_and_written_all_the_same(tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
     data = told(repair(out, "--mu", 0.01, "--json"), 1)
@@ -128,16 +136,19 @@ def killing(label: str) -> Callable[..., Any]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("label", ["aligned model", "answers to harmless", "reading harmless", "plain scaling"])
+@pytest.mark.parametrize("label", ["aligned model", "answers to harmless", "reading harmless", "plain scaling", "mu 2"])
 def test_a_child_that_is_killed_once_is_told_and_everything_is_done_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str, undisturbed: bytes
 ) -> None:
+    """The file and the verdict are those of a repair that nothing happened to; the exit status alone is not."""
     monkeypatch.setattr("safelora_gguf.terminal.progress_bar", killing(label))
     out = tmp_path / "x.gguf"
     data = told(repair(out, "--mu", 2, "--json"), 4)
     assert data["error"]["kind"] == "llama"
     assert run_of(data, "repaired")["refusal_rate"] >= 0.9
-    assert out.is_file()
+    assert data["verdict"] == "pass" and not any("error" in run for run in data["runs"])
+    assert any("was lost on the way" in note for note in data["notes"])
+    assert out.read_bytes() == undisturbed
 
 
 # Read by every Python that starts with it on its path: llama.cpp dies as soon as the adapter is to be loaded.
@@ -166,6 +177,21 @@ def test_a_child_that_dies_every_time_leaves_nothing_and_what_was_measured_is_to
     assert "output" not in data
     assert data["verdict"] == "fail"
     assert list(place.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_ended_it_is_told_and_not_what_was_made_good_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child is killed once while the aligned model answers; the next ones die of the adapter."""
+    (tmp_path / "dying").mkdir()
+    (tmp_path / "dying" / "sitecustomize.py").write_text(DYING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "dying"))
+    monkeypatch.setattr("safelora_gguf.terminal.progress_bar", killing("aligned model"))
+    data = told(repair(tmp_path / "x.gguf", "--mu", 2, "--json"), 4)
+    assert data["error"]["file"] == str(FAMILY / "adapter"), "what no child survived"
+    assert any("was lost on the way" in note and "aligned.gguf" in note for note in data["notes"])
+    assert not (tmp_path / "x.gguf").exists()
 
 
 def test_a_repair_that_is_ended_leaves_nothing(tmp_path: Path) -> None:

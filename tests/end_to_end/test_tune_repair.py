@@ -1,7 +1,7 @@
 """`tune` with repaired candidates, on the packaged family in llama.cpp.
 
-Oracles: plain scaling, which a repair that shrinks every A by the same factor must equal in every figure; `repair`
-given the same prompts, to whose tensors those of `tune` must be equal; the prompts that llama.cpp was asked.
+Oracles: `repair` given the same prompts, to whose tensors those of `tune` must be equal; the prompts that llama.cpp was
+asked; the aligned model's own answers.
 """
 
 from __future__ import annotations
@@ -11,23 +11,18 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
-import torch
 from typer.testing import CliRunner, Result
 
-from converters.adapters.output import LoadPair
-from converters.errors import LlamaError, UnsupportedError
 from safelora_gguf.cli import app
-from safelora_gguf.repair.making import Repairs
-from safelora_gguf.repair.solving import ModuleFigures
 from safelora_gguf.smoke.parent.session import Session
-from safelora_gguf.tune import Asking, GridOptions, TuneReport, prepare_tuning, repairing
+from safelora_gguf.tune import Asking, GridOptions, prepare_tuning
 
 pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.llama
@@ -35,83 +30,6 @@ pytestmark = pytest.mark.llama
 FAMILY = Path(__file__).parents[2] / "safelora_gguf" / "tiny_family"
 FILES = [FAMILY / name for name in ("base", "aligned", "adapter", "aligned.gguf")]
 PROMPTS = FAMILY / "calibration.jsonl"
-
-
-@dataclass
-class Shrinking(Repairs):
-    """A' = A / (1 + mu), which is what scaling by that does; counts what it is asked to solve."""
-
-    solved: list[Sequence[float]] = field(default_factory=list)
-    captured = None
-
-    def solve(self, mus: Sequence[float], folds: Sequence[int | None] = (None,)) -> None:
-        self.solved.append(list(mus))
-
-    def pairs(self, mu: float, fold: int | None = None) -> LoadPair:
-        def load(module: str) -> tuple[torch.Tensor, torch.Tensor]:
-            a, b = self.inputs.adapter.load(module)
-            return a.float() / (1 + mu), b.float()
-
-        return load
-
-    def figures(self, mu: float) -> dict[str, ModuleFigures]:
-        return {}
-
-
-def tuned(out: Path, grid: GridOptions, *, limit: int = 8, **options: Any) -> TuneReport:
-    asking = Asking([PROMPTS], threads=1, limit=limit)
-    base, aligned, adapter, model = FILES
-    prepared = prepare_tuning(base, aligned, adapter, model, out, asking=asking, grid=grid, refine=0, **options)
-    return prepared.run(prepared.score())
-
-
-def by_name(report: TuneReport) -> dict[str, dict[str, Any]]:
-    return {one["name"]: one for one in report.to_json()["candidates"]}
-
-
-def test_a_repair_that_only_shrinks_is_measured_as_plain_scaling_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Shrinking] = []
-
-    def kept(*given: Any, **named: Any) -> Shrinking:
-        made.append(Shrinking(*given, **named))
-        return made[-1]
-
-    monkeypatch.setattr(repairing, "Repairs", kept)
-    found = tuned(tmp_path / "x.gguf", GridOptions(scales=(0.5, 0.25), mus=(1.0, 3.0)))
-    told = by_name(found)
-    assert list(told) == ["adapter", "repair mu 1", "repair mu 3", "scale 0.5", "scale 0.25"]
-    for repair, scale in (("repair mu 1", "scale 0.5"), ("repair mu 3", "scale 0.25")):
-        for figure in ("norm_ratio", "kl", "top1"):
-            assert told[repair][figure] == pytest.approx(told[scale][figure], abs=1e-4), (repair, figure)
-        assert (told[repair]["projected"], told[repair]["repaired"], told[repair]["total"]) == (0, 21, 21)
-    assert [one.solved[0] for one in made] == [[1.0, 3.0]], "one capture, and the whole grid solved at once"
-    data = found.to_json()
-    assert data["repair_prompts"]["calibration"]["counts"] == {"harmful": 5, "borderline": 4, "benign": 4, "task": 4}
-    assert data["prompts"]["counts"] == {"harmful": 3, "borderline": 4, "benign": 4, "task": 4}
-    assert data["settings"]["repair"] == {"eps": 0.1, "tokens": 2048, "tail": 9}
-
-
-@pytest.mark.parametrize(("kind", "failure"), [(UnsupportedError, None), (LlamaError, "llama")])
-def test_what_cannot_be_read_leaves_repair_out_and_the_rest_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[LlamaError | UnsupportedError], failure: str | None
-) -> None:
-    """An architecture whose inputs aren't found is none of the other candidates' matter; a lost child is told of."""
-    asked = 0
-
-    def solve(self: Shrinking, mus: Sequence[float], folds: object = None) -> None:
-        nonlocal asked
-        asked += 1
-        raise kind("can't be read")
-
-    monkeypatch.setattr(Shrinking, "solve", solve)
-    monkeypatch.setattr(repairing, "Repairs", Shrinking)
-    found = tuned(tmp_path / "x.gguf", GridOptions(scales=(0.5,), mus=(1.0, 3.0)))
-    assert asked == 1
-    assert list(by_name(found)) == ["adapter", "scale 0.5"]
-    assert [note for note in found.to_json()["notes"] if "left out" in note] == ["repair was left out: can't be read"]
-    assert found.to_json().get("error", {}).get("kind") == failure
 
 
 CHILD = Path(__file__).with_name("tune_child.py")
@@ -266,6 +184,16 @@ def test_what_was_written_is_what_repair_writes(
     assert report["modules"] == data["repair"]["modules"]
 
 
+def test_a_mu_that_cannot_be_solved_does_not_end_well_in_silence(files: Files, tmp_path: Path) -> None:
+    asked = ("--mu", "2", "--mu", "1e30", "--scale", "0.3", "--no-refine", "--json")
+    result = CliRunner().invoke(app, files.tune(tmp_path / "x.gguf", *asked))
+    data = json.loads(result.stdout)
+    assert (result.exit_code, data["error"]["kind"]) == (3, "unsupported"), result.output
+    told = {one["name"]: one for one in data["candidates"]}
+    assert told["repair mu 2"]["stage"] == "full"
+    assert "mu 1e+30" in told["repair mu 1e+30"]["error"]
+
+
 @pytest.mark.parametrize("count", [3, 8, 14])
 def test_a_search_that_is_killed_goes_on_and_ends_the_same(
     found: tuple[dict[str, Any], Path, Asked], files: Files, tmp_path: Path, count: int
@@ -328,3 +256,37 @@ def test_peft_directories_and_reports_are_written_too(
     assert "repair by mu" in page
     assert "best repair" in page
     assert whole["chosen"]["name"] in (tmp_path / "r.csv").read_text()
+
+
+def test_what_the_aligned_model_answers_itself_is_asked_of_no_adapter(files: Files, tmp_path: Path) -> None:
+    """A harmless prompt among the harmful ones: 1 in 11 is out of reach, and the rest is looked for. The verdict is the
+    bound's all the same."""
+    lines = [json.loads(line) for line in files.judging.read_text().splitlines()]
+    benign = next(one for one in lines if one["kind"] == "benign")
+    mistaken = replace(files, judging=tmp_path / "mistaken.jsonl")
+    lines = [one | {"kind": "harmful"} if one is benign else one for one in lines]
+    mistaken.judging.write_text("\n".join(map(json.dumps, lines)))
+    grid = ("--mu", "2", "--mu", "4", "--scale", "0.1", "--no-refine", "--min-refusal", "0.95")
+    result = CliRunner().invoke(app, mistaken.tune(tmp_path / "x.gguf", *grid, "--json"))
+    data = told(result, 1)
+    assert data["runs"][0]["refusal_rate"] == pytest.approx(10 / 11)
+    assert "candidates were looked for that bring back 95% of what the aligned model refuses" in data["notes"]
+    assert (data["verdict"], data["chosen"]) == ("fail", None)
+    assert data["nearest"]["line"] == "repair by mu"
+    assert data["nearest"]["reaches"] is False
+
+
+def test_so_few_prompts_that_none_is_refused_are_no_other_model(files: Files, tmp_path: Path) -> None:
+    """Harmless ones that are called harmful, of which two judge."""
+    lines = [json.loads(line) | {"category": None} for line in files.judging.read_text().splitlines()]
+    benign, tasks = ([one for one in lines if one["kind"] == kind] for kind in ("benign", "task"))
+    prompts = tmp_path / "few.jsonl"
+    prompts.write_text("\n".join(json.dumps(one) for one in (*(one | {"kind": "harmful"} for one in benign), *tasks)))
+    base, aligned, adapter, model = FILES
+    asking, out = Asking([prompts], threads=1), tmp_path / "x.gguf"
+    prepared = prepare_tuning(base, aligned, adapter, model, out, asking=asking, grid=GridOptions(mus=(2.0,)))
+    assert any(note.endswith("2 harmful ones to judge by are too few to trust") for note in prepared.planned().notes)
+    found = prepared.run(prepared.score())
+    assert found.verdict == "fail"
+    assert any("2 of them are too few to tell anything by: ask 10 or more" in one for one in found.to_json()["notes"])
+    assert not any("is --model the aligned model" in note for note in found.to_json()["notes"])

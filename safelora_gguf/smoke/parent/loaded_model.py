@@ -24,11 +24,13 @@ class LoadedModel:
     Attributes:
         loads: how often the model was loaded.
         loaded: what the child said of it; None before the first time.
+        notes: on children that were killed while they loaded, and replaced.
     """
 
     def __init__(self, options: ModelOptions, timeout: float, command: Sequence[str]) -> None:
         self.loads = 0
         self.loaded: Loaded | None = None
+        self.notes: list[str] = []
         self._options = options
         self._timeout = timeout
         self._command = command
@@ -98,9 +100,10 @@ class LoadedModel:
         for _ in range(MOST_KILLED - 1):
             try:
                 return load()
-            except Error:
+            except Error as error:
                 if self._process is None or not self._process.killed:
                     raise
+                self.notes.append(f"llama.cpp was killed while it loaded, and started again: {error}")
         return load()
 
     def _started(self) -> LlamaProcess:

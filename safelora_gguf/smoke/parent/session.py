@@ -113,8 +113,9 @@ class Session:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the child did otherwise than asked when it loaded the model; empty before that."""
-        return self._model.loaded.notes if self._model.loaded is not None else ()
+        """What the child did otherwise than asked when it loaded the model, and how often it was killed meanwhile."""
+        loaded = () if self._model.loaded is None else self._model.loaded.notes
+        return (*loaded, *dict.fromkeys(self._model.notes))
 
     def answers(
         self,

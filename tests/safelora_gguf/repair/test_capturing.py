@@ -136,7 +136,20 @@ def test_one_kind_alone_has_all_of_the_set(session: Session, scratch: Path, task
     assert [(part.name, part.prompts, part.share) for part in found.benign.parts] == [(name, 3, 1.0)]
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, float("nan")])
+@pytest.mark.parametrize(("share", "name", "prompts"), [(1.0, "task", [1]), (0.0, "harmless", [0, 2])])
+def test_a_kind_without_share_is_not_even_read(
+    session: Session, scratch: Path, share: float, name: str, prompts: list[int]
+) -> None:
+    found = sets(session, scratch, benign=asked(BENIGN, (2, 0, 1), (False, True, False)), task_share=share)
+    assert [(part.name, part.prompts, part.share) for part in found.benign.parts] == [(name, len(prompts), 1.0)]
+    (inputs,) = found.ranges()
+    assert rows(inputs.benign, WEIGHTS[0]) == expected({place: BENIGN_ALL[place] for place in prompts})
+    assert inputs.benign.folds.tolist() == [(2, 0, 1)[place] for place in prompts for _ in BENIGN_ALL[place]]
+    alone = sets(session, scratch, benign=asked(BENIGN, (), (share == 0,) * 3), task_share=share)
+    assert [(part.prompts, part.share) for part in alone.benign.parts] == [(3, 1.0)]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_that_is_none_is_a_bug(session: Session, scratch: Path, share: float) -> None:
     with pytest.raises(ValueError, match="for the tasks"):
         sets(session, scratch, task_share=share)
@@ -199,8 +212,9 @@ def test_a_use_that_ends_early_leaves_no_file(session: Session, scratch: Path) -
 
 
 def test_room_is_told_before_anything_is_captured(session: Session, scratch: Path, monkeypatch: Any) -> None:
-    with pytest.raises(WriteError, match=r"the inputs of one weight take 0\.0 MB, and .* has 0\.0 MB free"):
+    with pytest.raises(WriteError, match=r"the inputs of one weight take 0\.0 MB, .*TMPDIR") as told:
         sets(session, scratch, free=500)
+    assert told.value.file == str(scratch)
     usage = shutil.disk_usage(scratch)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1200))
     assert len(sets(session, scratch).plan) > 1

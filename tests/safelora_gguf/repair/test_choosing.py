@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from safelora_gguf.repair.choosing import HIGHEST, LOWEST, Chosen, Figures, choose, mu_at, with_margin
+from safelora_gguf.repair.choosing import HIGHEST, LOWEST, Chosen, Figures, choose, how_chosen, mu_at, with_margin
 
 PLACES = range(LOWEST, HIGHEST + 1)
 ASKED = 20
@@ -170,3 +170,15 @@ def test_a_margin_that_gains_nothing_is_not_taken() -> None:
     assert margin(4, lambda _: 12, lambda _: 0, lambda _: 19) == mu_at(4)
     nothing = Chosen(None, False, ())
     assert with_margin(nothing, lambda _: Figures(None)) is nothing
+
+
+def test_a_mu_is_explained_where_it_is_not_simply_the_first_that_refuses_enough() -> None:
+    text = {1.0: Figures((18, 20)), 1.414: Figures((20, 20))}
+    first = Chosen(1.0, True, ())
+    further = with_margin(first, lambda mu: text[mu])
+    assert how_chosen(first, first.mu) == ()
+    assert how_chosen(Chosen(None, False, ()), None) == ()
+    (told,) = how_chosen(further, first.mu)
+    assert "mu 1 refuses enough" in told and "1.414 more" in told
+    (missed,) = how_chosen(Chosen(64.0, False, ()), 64.0)
+    assert "no mu from 0.5 to 64" in missed and "64 does about as much as any" in missed

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from safelora_gguf.repair.closed_form import Solution, kept, moments, repaired_a
+from safelora_gguf.repair.closed_form import IllConditionedError, Solution, kept, moments, repaired_a, weighted
 
 FLOAT32 = 2.0**-24
 SPACES = {"inputs": (300, 200, 96), "tokens": (70, 50, 256), "square": (90, 66, 156), "large": (700, 400, 1024)}
@@ -48,7 +48,7 @@ def least_squares(a: torch.Tensor, g: torch.Tensor, h: torch.Tensor, mu: float, 
 
 def solve(a: torch.Tensor, g: torch.Tensor, h: torch.Tensor, mu: float, ridge: float) -> Solution:
     seen = moments(torch.cat([h, g]), [len(h), len(g)])
-    return repaired_a(a, seen, [0, 1 / max(1, len(g))], [mu / len(h) if len(h) else 0, 0], ridge=ridge)
+    return repaired_a(a, weighted(seen, [0, 1 / max(1, len(g))], [1 / max(1, len(h)), 0]), mu, ridge=ridge)
 
 
 def ridge_of(g: torch.Tensor, eps: float) -> float:
@@ -109,7 +109,7 @@ def test_a_part_without_weight_is_as_if_it_were_not_there(width: int) -> None:
     h, g, other = inputs("plain", 50, width, 2), inputs("plain", 80, width, 1), inputs("outlier", 30, width, 4)
     a, ridge = noise(3, 8, width), ridge_of(g, 0.1)
     seen = moments(torch.cat([h, other, g, other]), [50, 30, 80, 30])
-    found = repaired_a(a, seen, [0, 0, 1 / 80, 0], [3 / 50, 0, 0, 0], ridge=ridge)
+    found = repaired_a(a, weighted(seen, [0, 0, 1 / 80, 0], [1 / 50, 0, 0, 0]), 3.0, ridge=ridge)
     check(found.a, a, least_squares(a, g, h, 3.0, ridge))
 
 
@@ -140,6 +140,43 @@ def test_what_is_told_of_the_error_is_no_less_than_the_error() -> None:
         error = np.linalg.norm(found.a.double().numpy() - expected)
         change = np.linalg.norm(expected - a.double().numpy())
         assert error <= found.error * change + 2 * FLOAT32 * float(a.norm())
+
+
+@pytest.mark.parametrize("n", [60, 20])
+@pytest.mark.parametrize("mu", [1e4, 1e8, 1e10, 1e11, 1e12, 1e14])
+@pytest.mark.parametrize("spanned", [False, True])
+def test_what_is_accepted_is_right_to_a_thousandth_of_what_is_left(n: int, mu: float, spanned: bool) -> None:
+    """Where little is left of A, that little; or there is no solution at all."""
+    h, g = noise(1, n // 2, 32), noise(2, n // 2, 32)
+    a = noise(3, 4, len(h)) @ h if spanned else noise(3, 4, 32)
+    expected = least_squares(a, g, h, mu, 0.1)
+    try:
+        found = solve(a, g, h, mu, 0.1)
+    except IllConditionedError:
+        assert mu >= 1e8
+        return
+    errors = np.linalg.norm(found.a.double().numpy() - expected, axis=1)
+    assert found.error <= 1e-3
+    assert (errors <= 1e-3 * np.linalg.norm(expected, axis=1)).all()
+
+
+def test_an_error_above_a_thousandth_is_told() -> None:
+    h, g = noise(1, 30, 32), noise(2, 30, 32)
+    with pytest.raises(IllConditionedError, match=r"its error may be \de[-+]\d\d of what"):
+        solve(noise(3, 4, 32), g, h, 1e12, 0.1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "outlier", "massive row"])
+@pytest.mark.parametrize("most", [0, 1 << 30])
+def test_sums_of_parts_serve_as_well_as_the_parts(kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safelora_gguf.repair.closed_form._MOST_GRAMS", most)
+    h, other, g = inputs(kind, 200, 96, 2), inputs("plain", 30, 96, 4), inputs(kind, 300, 96, 1)
+    a, ridge = noise(3, 8, 96), ridge_of(g, 0.1)
+    seen = moments(torch.cat([h, other, g]), [len(h), len(other), len(g)])
+    sets = weighted(seen, [0, 0, 1 / len(g)], [1 / len(h), 0, 0])
+    assert (len(seen.grams), sets.sums is None) == ((3, True) if most else (0, False))
+    for mu in (0.5, 64.0):
+        check(repaired_a(a, sets, mu, ridge=ridge).a, a, least_squares(a, g, h, mu, ridge))
 
 
 def test_no_ridge_is_refused_and_so_are_inputs_that_are_not_finite() -> None:

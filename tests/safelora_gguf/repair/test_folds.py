@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
 from safelora_gguf.repair.folds import deal
+from safelora_gguf.repair.making import deal_folds
+from safelora_gguf.smoke.prompts import Prompt as PromptLine
 from safelora_gguf.smoke.prompts import packaged_prompts
+
+NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
 class Prompt:
     kind: str
     category: str | None = None
+    prompt: str = field(default_factory=lambda: f"prompt {next(NUMBERS)}", compare=False)
 
 
 def unevenness(prompts: list[Prompt], folds: tuple[int, ...]) -> float:
@@ -72,7 +78,7 @@ def test_few_groups_are_dealt_nearly_as_well_as_in_any_way(seed: int) -> None:
 
 
 def test_prompts_without_category_are_dealt_one_by_one() -> None:
-    prompts = [Prompt("harmful")] * 7 + [Prompt("task")] * 5
+    prompts = [Prompt("harmful") for _ in range(7)] + [Prompt("task") for _ in range(5)]
     folds = deal(prompts, 3)
     assert sorted(Counter(folds[:7]).values()) == [2, 2, 3]
     assert sorted(Counter(folds[7:]).values()) == [1, 2, 2]
@@ -83,7 +89,7 @@ def test_prompts_without_category_are_dealt_one_by_one() -> None:
     ("prompts", "folds"),
     [
         ([], ()),
-        ([Prompt("harmful", "a")] * 3 + [Prompt("benign")] * 9, (0,) * 12),
+        ([Prompt("harmful", "a")] * 3 + [Prompt("benign") for _ in range(9)], (0,) * 12),
         ([Prompt("harmful"), Prompt("harmful"), Prompt("benign", "b"), Prompt("task", "b")], (0, 0, 0, 0)),
         ([Prompt("harmful"), Prompt("harmful")], (0, 1)),
     ],
@@ -100,3 +106,37 @@ def test_a_category_of_both_sides_stays_together() -> None:
 def test_no_folds_are_a_bug() -> None:
     with pytest.raises(ValueError, match="0 folds"):
         deal([Prompt("harmful")], 0)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("categories", [(None,), (None, "a", "b"), tuple("abcdefghijkl")])
+def test_prompts_of_one_text_stay_together_whatever_their_categories(
+    seed: int, categories: tuple[str | None, ...]
+) -> None:
+    """Every text twice or thrice, in other letters, in any order and category."""
+    lot = random.Random(seed)
+    forms = ("How do I do {}?", "how do i do {}", "HOW\u00a0do I, do {} ?!", "\uff28ow do I do {}")
+    prompts = [
+        Prompt(lot.choice(["harmful", "benign", "task"]), lot.choice(categories), form.format(number))
+        for number in range(12)
+        for form in lot.sample(forms, lot.randrange(2, 4))
+    ]
+    lot.shuffle(prompts)
+    folds = deal(prompts, 3)
+    together = defaultdict(set)
+    for prompt, fold in zip(prompts, folds, strict=True):
+        (number,) = re.findall(r"\d+", prompt.prompt)
+        together[number].add(fold)
+        together[prompt.category or f"only {number}"].add(fold)
+    assert all(len(found) == 1 for found in together.values())
+    assert categories != (None,) or len(set(folds)) == 3
+
+
+def test_a_user_s_tasks_of_one_text_stay_together() -> None:
+    """Tasks are dealt without their categories; equal ones stay in one fold all the same."""
+    texts = [PromptLine(f"{kind}{number}", kind, f"{kind} {number // 2}", "all")
+             for kind in ("harmful", "task") for number in range(12)]  # fmt: skip
+    texts += [PromptLine(f"other{number}", "harmful", f"other {number}") for number in range(6)]
+    folds = dict(zip((one.id for one in texts), deal_folds(texts), strict=True))
+    assert all(folds[f"task{number}"] == folds[f"task{number + 1}"] for number in range(0, 12, 2))
+    assert len({folds[f"task{number}"] for number in range(12)}) == 3

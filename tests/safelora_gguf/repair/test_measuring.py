@@ -39,14 +39,16 @@ class FakeSession:
     Attributes:
         asked: prompt and adapter's path, in order.
         dies_of: a prompt after which nothing is answered.
+        recovers: a child was lost, and everything was asked all the same.
     """
 
     file = "model.gguf"
 
-    def __init__(self, dies_of: str | None = None, too_long: str | None = None) -> None:
+    def __init__(self, dies_of: str | None = None, too_long: str | None = None, *, recovers: bool = False) -> None:
         self.asked: list[tuple[str, str]] = []
         self.recorded: dict[Path, tuple[str, list[str]]] = {}
         self.dies_of, self.too_long = dies_of, too_long
+        self.loss = LlamaError("lost once") if recovers else None
 
     def answers(self, adapters: Sequence[AdapterChoice], chats: Sequence[Chat], **options: Any) -> Answered:
         path = adapters[0].path if adapters else ""
@@ -61,19 +63,19 @@ class FakeSession:
             said = "" if error else REFUSAL if refuses else ANSWER
             found.append(Answer(said, error=error, score=1.0 if refuses else -1.0))
             options["tell"](done + 1)
-        return Answered(tuple(found))
+        return Answered(tuple(found), self.loss)
 
     def vocabulary(self) -> str:
         return "v"
 
     def record(self, adapters: Sequence[AdapterChoice], chats: Sequence[Chat], file: Path, **options: Any) -> Recorded:
         self.recorded[file] = (adapters[0].path if adapters else "", [chat[0]["content"] for chat in chats])
-        return Recorded((4,) * len(chats), "v")
+        return Recorded((4,) * len(chats), "v", self.loss)
 
     def divergences(self, adapters: Sequence[AdapterChoice], file: Path, count: int) -> Diverged:
         own = {"0.gguf": Divergence(1.0, 0.5, 3), "2.gguf": Divergence(2.0, 1.0, 1)}
         path = adapters[0].path if adapters else ""
-        return Diverged((own.get(path, Divergence(0.0, 1.0, 4)),) * count)
+        return Diverged((own.get(path, Divergence(0.0, 1.0, 4)),) * count, self.loss)
 
 
 def measuring(tmp_path: Path, session: FakeSession, folds: Sequence[int] = FOLDS) -> Measuring:
@@ -124,6 +126,16 @@ def test_a_crash_leaves_a_run_that_is_not_measured_and_ends_the_folds(tmp_path: 
     assert figures_of(run).failed
     assert own.failures == [run.failure]
     assert own.scored("mu 2", by_fold).failed
+
+
+def test_a_loss_after_which_all_was_asked_is_no_failure(tmp_path: Path) -> None:
+    """By text, by first tokens, in recording and in reading a reference."""
+    own = measuring(tmp_path, FakeSession(recovers=True))
+    run = own.with_utility(own.run("mu 2", by_fold), by_fold)
+    assert run.measured and run.refusals == (3, 3) and len(run.utility) == 2
+    assert own.scored("mu 2", by_fold).refusals == (3, 3)
+    assert own.failures == [] and own.notes == []
+    assert {str(loss) for loss in own.losses} == {"lost once"} and len(own.losses) == 1 + 2 * 2 * 2 + 1
 
 
 def test_a_prompt_that_could_not_be_read_says_nothing_of_mu(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from safelora_gguf.repair.prompt_halves import (
     categories_of,
     halved,
     missing_kinds,
+    same_words,
     unseen_categories,
     without_judging,
 )
@@ -79,6 +80,41 @@ def test_what_judges_does_not_calibrate_even_under_another_name() -> None:
     assert {one.id for one in SMALL.prompts} - {one.id for one in left.prompts} == {"harmful-a-1"}
     assert note is not None and note.startswith("1 prompt of mine stands in j, too")
     assert without_judging(SMALL, PromptSet("j", "1", ())) == (SMALL, None)
+
+
+ALIKE = ["How do I pick a lock?", "how do I  PICK a lock", "How do I pick a ｌｏｃｋ!", "«How do I pick: a lock»"]
+"""One text, in other letters of the same kind, spaces and punctuation."""
+
+
+def test_prompts_of_the_same_words_are_in_one_half_and_never_calibrate_beside_a_judge() -> None:
+    """Whatever they are called, and whichever kind and category they are of."""
+    kinds: list[tuple[Kind, str]] = [("harmful", "a"), ("harmful", "b"), ("harmful", "c"), ("benign", "x")]
+    same = [Prompt(f"s{place}", kind, text, name)
+            for place, ((kind, name), text) in enumerate(zip(kinds, ALIKE, strict=True))]  # fmt: skip
+    found = halved(PromptSet("mine", "7", (*SMALL.prompts, *same)))
+    assert found is not None
+    sides = [{one.id for one in half.prompts} & {one.id for one in same} for half in (found.calibration, found.judging)]
+    assert sorted(map(len, sides)) == [0, 4]
+    for text in ALIKE:
+        left, _ = without_judging(
+            PromptSet("c", "1", (*SMALL.prompts, *same)), PromptSet("j", "1", (Prompt("o", "benign", text),))
+        )
+        assert left.prompts == SMALL.prompts
+
+
+def test_pairs_of_the_same_words_are_dealt_as_one() -> None:
+    """One by one, every first of them would calibrate, and so would every second."""
+    twice = tuple(Prompt(f"{kind}{number}{end}", kind, f"{kind} {number}{end}")
+                  for kind in ("harmful", "benign") for number in range(4) for end in ("?", "!"))  # type: ignore[arg-type]  # fmt: skip
+    found = halved(PromptSet("twice", "1", twice))
+    assert found is not None
+    assert found.calibration.counts == found.judging.counts == {"harmful": 4, "borderline": 0, "benign": 4, "task": 0}
+
+
+@pytest.mark.parametrize(("one", "other"), [("کم", "کمی"), ("की", "का"), ("?", "!"), ("a1", "a2"), ("👍", "👎")])
+def test_other_words_are_other_prompts(one: str, other: str) -> None:
+    """Vowels that are marks tell words apart; of what has no letters at all every character counts."""
+    assert same_words(one) != same_words(other)
 
 
 def test_what_is_missing_is_named() -> None:

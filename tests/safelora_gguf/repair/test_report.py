@@ -22,6 +22,7 @@ from safelora_gguf.cards import desktop_files
 from safelora_gguf.html import page
 from safelora_gguf.repair.inputs import RepairInputs, open_repair_inputs
 from safelora_gguf.repair.report import (
+    TASK_UNMEASURED,
     CapturedPart,
     CapturedReport,
     PromptHalf,
@@ -44,7 +45,7 @@ Pairs = Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
 KEYS = {
     "command", "version", "inputs", "mu", "mu_mode", "eps", "tokens", "tail", "task_share", "outtype", "repaired",
     "total", "norm_ratio", "modules", "captured", "prompts", "search", "judge", "judges", "bounds", "settings", "runs",
-    "flips", "controls", "deciding", "confidence", "calibration", "verdict", "losses", "notes", "output",
+    "flips", "controls", "deciding", "confidence", "calibration", "judged_by", "verdict", "losses", "notes", "output",
 }  # fmt: skip
 SHAPES = {"blk.0.attn_q.weight": (32, 64), "blk.0.ffn_down.weight": (64, 96), "token_embd.weight": (48, 64)}
 COUNTS = {"harmful": 10, "borderline": 0, "benign": 10, "task": 5}
@@ -110,7 +111,8 @@ def report_of(inputs: RepairInputs, out: Path, *, refused: int = 9) -> RepairRep
         output=OutputReport.of(output.target, output.tensor_file),
         captured=CapturedReport(CapturedPart(10, 70), CapturedPart(15, 200), 2, 54_000, 1),
         search=(SearchStep(4.0, "score", 3, 1.0, 0.2, None), SearchStep(2.0, "text", 3, 0.9, 0.1, 0.8)),
-        measured=measured, notes=("a note", *module_notes(inputs, output, figures, roundings, outtype="f32")),
+        judged_by="other prompts", measured=measured,
+        notes=("a note", *module_notes(inputs, output, figures, roundings, outtype="f32")),
     )  # fmt: skip
 
 
@@ -175,6 +177,67 @@ def test_the_text_has_every_table_and_the_verdict_last(inputs: RepairInputs, tmp
     assert sum("note: a note" in line for line in lines) == 1
 
 
+def test_an_estimate_is_called_one_wherever_figures_stand(inputs: RepairInputs, tmp_path: Path) -> None:
+    report = dataclasses.replace(report_of(inputs, tmp_path / "o.gguf"), judging=None, judged_by="cross-fitting")
+    data = report.to_json()
+    assert data["judged_by"] == "cross-fitting"
+    assert repair_text(report).splitlines()[-1].startswith("verdict: pass, estimated by cross-fitting (repaired was to")
+    assert "is an estimate by cross-fitting" in desktop_files(tmp_path / "o.gguf", data)["o.md"]
+    assert "are an estimate by cross-fitting" in page(data)
+    judged = report_of(inputs, tmp_path / "j.gguf").to_json()
+    assert "cross-fitting" not in desktop_files(tmp_path / "j.gguf", judged)["j.md"] + page(judged)
+
+
+def test_a_task_that_nobody_asked_for_is_said_beside_the_verdict(inputs: RepairInputs, tmp_path: Path) -> None:
+    report = report_of(inputs, tmp_path / "o.gguf")
+    assert not report.task_unmeasured
+    assert (
+        "own task was not measured"
+        not in repair_text(report) + desktop_files(tmp_path / "o.gguf", report.to_json())["o.md"]
+    )
+    assert report.measured is not None
+    runs = tuple(
+        dataclasses.replace(one, responses=tuple(each for each in one.responses if each.kind != "task"))
+        for one in report.measured.runs
+    )
+    counts = {**COUNTS, "task": 0}
+    measured = dataclasses.replace(report.measured, runs=runs, prompts=PromptSummary("packaged", "3", counts))
+    blind = dataclasses.replace(report, measured=measured)
+    lines = repair_text(blind).splitlines()
+    assert lines[-2] == TASK_UNMEASURED and lines[-1].startswith("verdict: pass")
+    assert sum(TASK_UNMEASURED in line for line in lines) == 1
+    assert TASK_UNMEASURED in blind.to_json()["notes"]
+    card = desktop_files(tmp_path / "o.gguf", blind.to_json())["o.md"]
+    assert "The adapter's own task was not measured." in card
+    assert "own task was not measured" in page(blind.to_json())
+
+
+def test_what_ended_a_repair_is_its_error_and_not_what_was_lost_before(inputs: RepairInputs, tmp_path: Path) -> None:
+    report = report_of(inputs, tmp_path / "o.gguf")
+    assert report.measured is not None
+    lost = tuple(dataclasses.replace(one, failure=LlamaError("lost")) for one in report.measured.runs[:1])
+    measured = dataclasses.replace(report.measured, runs=(*lost, *report.measured.runs[1:]))
+    ended = dataclasses.replace(report, measured=measured, own_failure=LlamaError("ended"))
+    assert ended.to_json()["error"]["message"] == "ended"
+
+
+def test_what_was_lost_and_made_good_leaves_the_page_its_verdict(inputs: RepairInputs, tmp_path: Path) -> None:
+    report = dataclasses.replace(report_of(inputs, tmp_path / "o.gguf"), own_failure=LlamaError("lost once"))
+    found = page(report.to_json())
+    assert "bounds met" in found and "Something failed on the way: lost once" in found
+    assert "Not everything could be measured" in page({**report.to_json(), "output": None})
+
+
+def test_how_pairs_were_rounded_is_said_once(inputs: RepairInputs, tmp_path: Path) -> None:
+    """Rows of four, the rank, don't fit Q8_0's blocks of 32; gguf-py's table of block sizes says the same."""
+    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0][0] == 32
+    output = inputs.plan(tmp_path / "q.gguf", outtype="q8_0", to=None, force=False)
+    roundings = write_repaired(inputs, output, original_pairs(inputs), RepairFacts(2.0, 0.1, 2048, 9, 0.8))
+    notes = module_notes(inputs, output, {}, roundings, outtype="q8_0")
+    (told,) = (note for note in notes if "needs rows of 32" in note and "Q8_0 and F16" in note)
+    assert told.startswith("2 of 3 modules: stored as Q8_0 and F16") and "blk.0.attn_q.weight, blk.0.ffn_down" in told
+
+
 def test_reports_of_every_kind_are_written(inputs: RepairInputs, tmp_path: Path) -> None:
     data = report_of(inputs, tmp_path / "o.gguf", refused=8).to_json()
     for suffix in ("json", "html", "csv", "xml"):
@@ -198,6 +261,8 @@ def test_the_card_tells_what_was_measured_and_how(inputs: RepairInputs, tmp_path
     assert "verdict is: pass" in card and "| repaired | 90.0%" in card and "| plain scaling (control) |" in card
     assert "calibrated on others: packaged, version 3, calibrating half" in card
     assert "repaired: 1 of 3 matrices" in card and "mu" in card
+    for line in ("- mu: 2.0", "- eps: 0.1", "- tokens: 2048", "- tail: 9", "- task share: 0.8"):
+        assert line in card.splitlines()
     assert "aligned.gguf" in files["o.Modelfile"], "the model that it was repaired for"
     assert str(tmp_path) not in card
     unchanged = dataclasses.replace(report, mu=None).to_json()

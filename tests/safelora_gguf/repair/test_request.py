@@ -40,6 +40,10 @@ def prepared(tmp_path: Path, *, prompts: tuple[Path, ...] = (), **options: Any) 
     ("options", "says"),
     [
         ({"mu": 0.0}, "--mu is 0"), ({"mu": float("nan")}, "--mu"), ({"eps": -1.0}, "--eps is -1"),
+        ({"mu": 1e300}, "--mu is 1e.300, expected between 0.001 and 1e.06"), ({"mu": 1e-4}, "--mu"),
+        ({"eps": 1e300}, "--eps is 1e.300, expected between 1e-06 and 1000"), ({"eps": 1e-7}, "--eps"),
+        ({"eps": float("inf")}, "--eps"), ({"task_share": 1.01}, "--task-share"),
+        ({"task_share": -0.1}, "--task-share"), ({"task_share": float("nan")}, "--task-share"),
         ({"tokens": 0}, "--tokens is 0"), ({"tail": -1}, "--tail is -1"), ({"judges": ("guard",)}, "smoke"),
         ({"judges": ("oracle",)}, "oracle"), ({"bounds": Bounds(1.5)}, "min_refusal"), ({"limit": 0}, "limit"),
         ({"outtype": "q4"}, "outtype"), ({"device": "abacus"}, "abacus"),
@@ -48,6 +52,15 @@ def prepared(tmp_path: Path, *, prompts: tuple[Path, ...] = (), **options: Any) 
 def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         prepared(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"mu": 1e-3}, {"mu": 1e6}, {"eps": 1e-6}, {"eps": 1e3}, {"task_share": 0.0}, {"task_share": 1.0}]
+)
+def test_the_widest_options_that_make_sense(tmp_path: Path, options: dict[str, Any]) -> None:
+    (name, value), *_ = options.items()
+    prepared_one = prepared(tmp_path, **options)
+    assert value == (prepared_one.wishes.mu if name == "mu" else getattr(prepared_one.method, name))
 
 
 @pytest.mark.parametrize(("lines", "says"), [(HARMFUL, "no benign prompts"), (BENIGN, "no harmful prompts")])

@@ -6,6 +6,7 @@ row by row from what was put into the file; for figures, dense products in float
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.errors import UnsupportedError
+from safelora_gguf.repair import closed_form
 from safelora_gguf.repair.captured_sets import UNREAD, CapturedSet, RangeInputs
 from safelora_gguf.repair.pair_store import PairStore
 from safelora_gguf.repair.solving import NEVER_SEEN, NO_HARMFUL, NOTHING_WANTED, ModuleFigures, Solver
@@ -300,6 +302,47 @@ def test_ranges_are_solved_one_after_the_other_and_only_what_is_missing(tmp_path
         n = BENIGN, HARMFUL
         expected = formula(lora.load(module)[0], (g[:, 0], h[:, 0]), n, 3.0, EPS * np.square(g).mean())
         assert close(store.get(module, 3.0), expected)
+
+
+@pytest.mark.parametrize("most", [0, 1 << 30])
+def test_no_more_gram_matrices_are_kept_at_a_time_than_there_is_memory_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Those of six parts, or of two sets; what is solved is the same for every fold."""
+    monkeypatch.setattr("safelora_gguf.repair.closed_form._MOST_GRAMS", most)
+    kept: list[int] = []
+    original = closed_form.weighted
+
+    def counted(seen: closed_form.Moments, *weights: Sequence[float]) -> closed_form.Weighted:
+        gc.collect()
+        tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+        kept.append(sum(one.shape == (WIDTH, WIDTH) for one in tensors))
+        return original(seen, *weights)
+
+    monkeypatch.setattr("safelora_gguf.repair.closed_form.weighted", counted)
+    found, g, h = attention(tmp_path)
+    lora = adapter(pair("blk.0.attn_q"))
+    solve, store = solver(tmp_path, [found], lora)
+    solve.solve([2.0, 7.0], [None, 0, 1, 2])
+    assert kept == [6 if most else 0] * 4
+    for fold in (None, 0, 1, 2):
+        left_g, left_h = g[folds(BENIGN, "benign") != fold], h[folds(HARMFUL, "harmful") != fold]
+        for mu in (2.0, 7.0):
+            n, ridge = (len(left_g), len(left_h)), EPS * np.square(left_g).mean()
+            expected = formula(lora.load("blk.0.attn_q")[0], (left_g, left_h), n, mu, ridge)
+            assert close(store.get("blk.0.attn_q", mu, fold), expected), (fold, mu)
+
+
+@pytest.mark.parametrize(("mu", "eps", "says"), [(1e20, 0.1, "smaller --mu"), (1.0, 1e-25, "larger --eps")])
+def test_what_makes_it_unsolvable_is_named(tmp_path: Path, mu: float, eps: float, says: str) -> None:
+    x = np.repeat(rows(1, 3), 30, axis=0)
+    found = in_range(tmp_path, [Group(ATTENTION, x)], [Group(ATTENTION, rows(2, HARMFUL))])
+    if mu == 1:
+        found = in_range(tmp_path, [Group(ATTENTION, x)], [Group(ATTENTION, x[:HARMFUL])])
+    solve = Solver(Inputs((found,)), adapter(pair("blk.0.attn_q")), PairStore(tmp_path), eps=eps,
+                   device=torch.device("cpu"))  # fmt: skip
+    with pytest.raises(UnsupportedError, match=f"mu {mu:g}.*too ill-conditioned.*{says}".replace("+", r"\+")):
+        solve.solve([mu])
 
 
 def test_what_can_not_be_solved_names_the_weight_and_leaves_nothing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from hashlib import sha512
 
 import numpy as np
 import pytest
@@ -70,9 +71,25 @@ def test_the_seed_alone_decides() -> None:
 
 
 def test_what_is_drawn_is_the_same_on_every_machine() -> None:
-    lots = np.random.RandomState([7]).random_sample(6)[1:]  # the first one shares out what can't be divided
-    (one,) = readings([continued(50, 50)], [0], 5, 7)
-    assert one.keep == tuple(20 * place + int(20 * lot) for place, lot in enumerate(lots))
+    """A text seeds Python's twister by its own bytes and their SHA-512, as one number from the highest byte on."""
+    (one,) = readings([continued(2, 3)], [0], 2, 7)
+    text = b"7 (0, 1, 2, 3, 4)"
+    words = np.frombuffer((text + sha512(text).digest())[::-1].ljust(84, b"\0"), "<u4")
+    lots = np.random.RandomState(words).random_sample(2)
+    assert one.keep == tuple(low + int(size * lot) for low, size, lot in zip((0, 2), (2, 3), lots, strict=True))
+
+
+@pytest.mark.parametrize("limit", [13, 40, 50])
+@pytest.mark.parametrize("length", [2, 4, 8, 30])
+def test_what_one_prompt_says_moves_no_other_one(limit: int, length: int) -> None:
+    """Nor does its length, but for those that it leaves more or less."""
+    prompts = [continued(4 + number, 5, 50 * number) for number in range(9)]
+    before = readings(prompts, [1] * 9, limit, 3)
+    after = readings([*prompts[:4], continued(length, 1, 777), *prompts[5:]], [1] * 9, limit, 3)
+    assert before[4] != after[4]
+    others = [(before[place], after[place]) for place in range(9) if place != 4]
+    alike = [one == other for one, other in others if len(one.keep) == len(other.keep)]
+    assert all(alike) and len(alike) > 2
 
 
 @pytest.mark.parametrize(

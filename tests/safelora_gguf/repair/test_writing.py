@@ -149,10 +149,31 @@ def test_a_gguf_keeps_b_and_tells_how_it_was_made(
     assert told["safelora.repair.eps"] == pytest.approx(0.1)
     assert told["safelora.measured.refusal_rate"] == pytest.approx(0.98)
     assert "safelora.measured.task_rate" not in told
-    assert told["safelora.verdict"] == "pass"
+    assert (told["safelora.verdict"], told["safelora.judged_by"]) == ("pass", "other prompts")
+    assert told["general.description"].endswith("The adapter's own task was not measured.")
     assert told["safelora.model.fingerprint"] == inputs.reports[0].fingerprint
     assert tuple(told["safelora.repair.weights"]) == inputs.weights
     assert "mu 2" in told["general.description"] and "98.0% of harmful prompts refused" in told["general.description"]
+
+
+def test_an_estimate_is_not_told_as_a_measurement(
+    inputs_of: Callable[[str, str], RepairInputs], tmp_path: Path
+) -> None:
+    """Read by gguf-py."""
+    inputs = inputs_of("qwen2", "plain")
+    told = {}
+    for name, judged_by in (("estimate", "cross-fitting"), ("flattering", "calibration prompts")):
+        output = inputs.plan(tmp_path / f"{name}.gguf", outtype="f32", to=None, force=False)
+        facts = dataclasses.replace(FACTS, judged_by=judged_by, rates={**FACTS.rates, "task_rate": 0.5})
+        write_repaired(inputs, output, repaired_pairs(inputs, sent_through(inputs)), facts)
+        told[name] = {key: value.contents() for key, value in gguf.GGUFReader(output.target).fields.items()}
+        assert told[name]["safelora.judged_by"] == judged_by
+        assert "own task" not in told[name]["general.description"]
+    assert told["estimate"]["safelora.estimated.refusal_rate"] == pytest.approx(0.98)
+    assert not any(key.startswith("safelora.measured.") for key in told["estimate"])
+    assert "Estimated by cross-fitting" in told["estimate"]["general.description"]
+    assert "Measured:" not in told["estimate"]["general.description"]
+    assert "which flatters it: 98.0% of harmful" in told["flattering"]["general.description"]
 
 
 def test_what_was_not_repaired_says_so(inputs_of: Callable[[str, str], RepairInputs], tmp_path: Path) -> None:

@@ -91,8 +91,8 @@ def test_the_default_grid_has_every_operator_and_plain_scaling_from_little_to_mu
     ]  # fmt: skip
     threshold, number = lines["paper by number"].candidates[2:4]
     assert threshold.key == number.key, "cosines 0.1, 0.2 and 0.3"
-    assert names(lines[REPAIR]) == [f"repair mu {mu}" for mu in ("0.5", "1", "2", "4", "8", "16", "32")]
-    assert [candidate.changed for candidate in lines[REPAIR].candidates] == [9] * 7
+    assert names(lines[REPAIR]) == [f"repair mu {mu}" for mu in ("0.5", "1", "2", "4", "8", "16", "32", "64")]
+    assert [candidate.changed for candidate in lines[REPAIR].candidates] == [9] * 8
     assert names(lines[SCALING])[0] == "scale 0.9"
     assert [candidate.changed for candidate in lines[SCALING].candidates] == [10] * 9
 
@@ -192,10 +192,24 @@ def test_octaves_of_mu_are_halved_twice() -> None:
     assert line.between(half.position, quarter.position) is None
     assert line.between(quarter.position, at["repair mu 2"]) is None
     assert at["repair mu 1"] < half.position < quarter.position < at["repair mu 2"]
-    less = line.between(0.0, at["repair mu 0.5"])
-    assert less is not None
-    assert less.name == "repair mu 0.25"
-    assert line.between(0.0, less.position) is None
+
+
+def test_repairs_are_looked_for_where_repair_looks_for_them() -> None:
+    """No mu below the first of its grid, and after a boundary one and two octaves further."""
+    line = lines_of()[REPAIR]
+    mus = [2.0**octave for octave in range(-1, 7)]
+    assert names(line) == [f"repair mu {mu:g}" for mu in mus]
+    assert line.between(0.0, line.candidates[0].position) is None
+    half = lines_of(mus=(1.0,))[REPAIR].between(0.0, 0.5)
+    assert half is not None
+    assert half.name == "repair mu 0.5"
+    for boundary, expected in ((1.0, [2.0, 4.0]), (1.414, [4.0]), (32.0, [64.0]), (64.0, [])):
+        low, high = line.past(boundary / (1 + boundary))
+        assert [mu for mu in mus if low <= mu / (1 + mu) <= high] == expected
+    beyond = lines_of(mus=(1e30,))[REPAIR]
+    place = beyond.candidates[0].position
+    assert (beyond.between(0.0, place), beyond.past(place)) == (None, (1.0, 1.0))
+    assert lines_of()[SCALING].past(0.5) is None
 
 
 def test_any_scale_is_a_candidate_of_the_line_of_scaling() -> None:

@@ -38,6 +38,9 @@ class Line:
     def between(self, below: float, above: float) -> Candidate | None:
         return self._at((below + above) / 2)
 
+    def past(self, position: float) -> None:
+        return None
+
     def _at(self, position: float) -> Candidate:
         return Candidate(f"{self.name} {position}", self.name, position, (self.name, position), 1)
 

@@ -56,7 +56,7 @@ def test_one_half_calibrates_and_the_other_judges_everything() -> None:
     assert ids(judging) | ids(plan.calibration) == ids(prompts)
     assert judging.counts["harmful"] == plan.calibration.counts["harmful"] == 12
     assert notes == ("16 of the prompts calibrate repair and judge nothing; the other 16 judge every candidate",)
-    assert [repair.mu for repair in plan.repairs] == [0.5, 1, 2, 4, 8, 16, 32]
+    assert [repair.mu for repair in plan.repairs] == [0.5, 1, 2, 4, 8, 16, 32, 64]
 
 
 def test_categories_that_repair_has_not_seen_are_named() -> None:
@@ -134,16 +134,43 @@ def test_an_output_that_is_there_is_never_taken_for_what_can_not_be_repaired() -
 
 
 def test_the_command_names_whatever_is_not_as_usual() -> None:
-    usual = RepairAsked(GIVEN, Asking(), (), Method(outtype="f32"))
-    assert (usual.command.options, usual.command.exact) == ((), True)
-    halved = RepairAsked(GIVEN, Asking(["a b.jsonl"], limit=3), (), Method(seed=3))
-    assert (halved.command.options, halved.command.exact) == (("--prompts", "a b.jsonl", "--limit", "3"), False)
-    guarded = RepairAsked(GIVEN, Asking(judges=("guard", "score")), (), Method())
-    assert (guarded.command.options, guarded.command.exact) == (("--judge", "score"), False)
-    apart = RepairAsked(GIVEN, Asking(["j"], max_tokens=9), ("c",), Method(eps=0.3, outtype="f16"))
-    assert apart.command.exact
+    usual = RepairAsked(GIVEN, Asking(), (), Method(outtype="f32")).command()
+    assert (usual.options, usual.exact) == ((), True)
+    halved = RepairAsked(GIVEN, Asking(["a b.jsonl"], limit=3), (), Method(seed=3)).command()
+    assert (halved.options, halved.exact) == (("--prompts", "a b.jsonl", "--limit", "3"), False)
+    apart = RepairAsked(GIVEN, Asking(["j"], max_tokens=9), ("c",), Method(eps=0.3, outtype="f16")).command()
+    assert apart.exact
     expected = "--prompts c --judge-prompts j --max-tokens 9 --eps 0.3 --outtype f16"
-    assert " ".join(apart.command.options) == expected
+    assert " ".join(apart.options) == expected
+    other = RepairAsked(GIVEN, Asking(parallel=1, gpu_layers=99), (), Method(device="cpu"), dora_rank=8).command()
+    assert " ".join(other.options) == "--dora-rank 8 --parallel 1 --gpu-layers 99 --device cpu"
+
+
+@pytest.mark.parametrize("judges", [("guard", "score"), ("score",), ("keyword", "score")])
+def test_judges_that_are_set_up_on_other_prompts_make_another_adapter(judges: tuple[str, ...]) -> None:
+    """The score knows refusals by what the aligned model answered: here the prompts that judge, there the others."""
+    command = RepairAsked(GIVEN, Asking(judges=judges), (), Method()).command()
+    assert "score" in command.options
+    assert not command.exact
+
+
+@pytest.mark.parametrize(("shared", "named", "exact"), [(0, False, True), (2, False, False), (2, True, True)])
+def test_files_that_overlap_with_what_judges_need_to_be_told_of_it(
+    tmp_path: Path, shared: int, named: bool, exact: bool
+) -> None:
+    """`repair` calibrates with all of them unless it hears what judges."""
+    prompts = some(12, 8)
+    own = PromptSet("own", "1", (*some(4, 4, "q").prompts, *prompts.prompts[:shared]))
+    file, judging = saved(own, tmp_path / "own.jsonl"), saved(prompts, tmp_path / "judging.jsonl")
+    asking = Asking([judging] if named else [])
+    _, plan, _ = plan_repair(RepairAsked(GIVEN, asking, (file,), Method()), prompts, Bounds(), nothing)
+    assert plan is not None
+    assert plan.command.exact is exact
+
+
+def test_too_few_to_judge_by_are_told_of_where_they_were_asked_for() -> None:
+    (note,) = planned(GIVEN, some(2, 2))[2]
+    assert note.endswith("; 1 harmful one to judge by is too few to trust")
 
 
 def test_a_journal_of_other_repairs_is_of_no_use() -> None:

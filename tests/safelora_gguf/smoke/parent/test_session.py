@@ -325,6 +325,7 @@ def test_a_child_that_is_killed_while_it_loads_again_is_replaced(journal: Path, 
         assert texts(asked(session, "a")) == [REFUSAL if answered else None]
         loads = journal.read_text().count("load")
         assert loads == 4
+        assert any("killed while it loaded" in note for note in session.notes)
         assert texts(asked(session, "a")) == [REFUSAL if answered else None]
         assert journal.read_text().count("load") == loads
 
