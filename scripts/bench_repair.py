@@ -2,7 +2,7 @@
 
 REQUEST is a `Request` as JSON; one line of JSON comes back on standard output. The clock starts after all imports.
 
-    ours      safelora_gguf.repair.solving.Solver, from captured inputs in a file to A' in another, of one layer
+    ours      safelora_gguf.repair.solving.solver.Solver, from captured inputs in a file to A' in another, of one layer
     whole     the same of all layers
     narrow    the closed form as it is written down, of one module with 4,096 inputs: C_G and C_H formed in float64 and
               torch.linalg.solve, from the same file
@@ -28,9 +28,9 @@ from bench_outcome import Outcome, peak_resident, timed
 from safetensors.torch import load_file, save_file
 
 from converters.adapters.lora import LoraAdapter, LoraPair
-from safelora_gguf.repair.captured_sets import CapturedSet, RangeInputs
-from safelora_gguf.repair.pair_store import PairStore
-from safelora_gguf.repair.solving import Solver
+from safelora_gguf.repair.reading.captured_sets import CapturedSet, RangeInputs
+from safelora_gguf.repair.solving.pair_store import PairStore
+from safelora_gguf.repair.solving.solver import Solver
 from safelora_gguf.smoke.llama.capture_file import CaptureReader, CaptureWriter, halved
 from safelora_gguf.smoke.protocol import InputGroup
 

@@ -11,14 +11,15 @@ With X the inputs of a weight (tokens, in) and C = X^T X / tokens their second m
 
 B, rank and scaling stay.
 
-    reading      token_sets      which tokens are read, and which of them count
+    reading/     token_sets      which tokens are read, and which of them count
                  folds           which prompts are left out together
                  capturing       has prompts answered, and says what is to be read
                  captured_sets   captures in as many passes as the disk asks for
                  captured_rows   captured rows by prompt, from their files
-    solving      input_rows      one weight's inputs as weighted rows
+    solving/     solver          every module, for several mu and folds
                  closed_form     the formula, in token space or input space
-                 solving         every module, for several mu and folds
+                 lower_triangles symmetric products, half of the work
+                 input_rows      one weight's inputs as weighted rows
                  pair_store      the solutions, on disk
     files        inputs          model and adapter, checked
                  making          adapters of mu and fold, each made once

@@ -14,10 +14,10 @@ from converters.adapters.output import LoadPair, Origin
 from converters.adapters.plan import plan_output
 from converters.errors import UnsupportedError
 from safelora_gguf.device import resolve_device
-from safelora_gguf.repair.capturing import TASK_SHARE, Asked, CapturedSets, capture_sets
-from safelora_gguf.repair.folds import deal
 from safelora_gguf.repair.inputs import RepairInputs
 from safelora_gguf.repair.modules import delta_norm, ratio_of_norms
+from safelora_gguf.repair.reading.capturing import TASK_SHARE, Asked, CapturedSets, capture_sets
+from safelora_gguf.repair.reading.folds import deal
 from safelora_gguf.repair.writing import original_pairs, repaired_pairs
 from safelora_gguf.smoke.judging import KEYWORD
 from safelora_gguf.smoke.parent.session import Session, ask
@@ -25,8 +25,8 @@ from safelora_gguf.smoke.prompts import Prompt, PromptSet
 from safelora_gguf.smoke.protocol import AdapterChoice, InputShape
 
 if TYPE_CHECKING:
-    from safelora_gguf.repair.pair_store import PairStore
-    from safelora_gguf.repair.solving import ModuleFigures, Solver
+    from safelora_gguf.repair.solving.pair_store import PairStore
+    from safelora_gguf.repair.solving.solver import ModuleFigures, Solver
 
 FOLDS = 3
 
@@ -138,8 +138,8 @@ class Repairs:
         write_measured(self.inputs, file, load, self.method.outtype)
 
     def _solver(self) -> tuple[Solver, PairStore]:
-        from safelora_gguf.repair.pair_store import PairStore
-        from safelora_gguf.repair.solving import Solver
+        from safelora_gguf.repair.solving.pair_store import PairStore
+        from safelora_gguf.repair.solving.solver import Solver
 
         if self._solved is None:
             place = (self.roomy or self.scratch) / "solved"

@@ -13,7 +13,7 @@ from safelora_gguf.smoke.runs import Run
 
 if TYPE_CHECKING:
     from converters.adapters.storing import Rounding
-    from safelora_gguf.repair.solving import ModuleFigures
+    from safelora_gguf.repair.solving.solver import ModuleFigures
 
 JudgedBy = Literal["other prompts", "cross-fitting", "calibration prompts"]
 """What the deciding run's figures are: the written adapter's on prompts that had no part in making it; an estimate, by

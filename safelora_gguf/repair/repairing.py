@@ -8,13 +8,13 @@ from typing import Any
 
 from converters.adapters.output import AdapterOutput
 from safelora_gguf.losses import losses_of
-from safelora_gguf.repair.capturing import CapturedSets
 from safelora_gguf.repair.choosing import Tried
 from safelora_gguf.repair.inputs import RepairInputs
 from safelora_gguf.repair.making import Method, Repairs, deal_folds, write_measured
 from safelora_gguf.repair.measuring import Measuring
 from safelora_gguf.repair.modules import module_notes, module_reports
 from safelora_gguf.repair.progress import Meter, Progress
+from safelora_gguf.repair.reading.capturing import CapturedSets
 from safelora_gguf.repair.repaired import Repaired, Wishes
 from safelora_gguf.repair.report import CapturedReport, PromptHalf, RepairReport, SearchStep
 from safelora_gguf.repair.running import Course

@@ -16,7 +16,7 @@ from safelora_gguf.smoke.prompts import PromptSet
 from safelora_gguf.smoke.report import SmokeReport, Verdict
 
 if TYPE_CHECKING:
-    from safelora_gguf.repair.captured_sets import CapturedSets
+    from safelora_gguf.repair.reading.captured_sets import CapturedSets
 
 __all__ = [
     "CapturedPart",

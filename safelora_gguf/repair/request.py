@@ -12,11 +12,11 @@ from converters.atomic import refuse_to_overwrite, refuse_to_swallow
 from converters.errors import MissingLlamaError, UsageError
 from converters.gguf_shards import read_gguf_headers
 from safelora_gguf.device import resolve_device
-from safelora_gguf.repair.capturing import TASK_SHARE
 from safelora_gguf.repair.inputs import open_repair_inputs
 from safelora_gguf.repair.making import Method
 from safelora_gguf.repair.progress import Progress
 from safelora_gguf.repair.prompt_halves import halved, missing_kinds, without_judging
+from safelora_gguf.repair.reading.capturing import TASK_SHARE
 from safelora_gguf.repair.repaired import Wishes
 from safelora_gguf.repair.repairing import Purposes, Repairing
 from safelora_gguf.repair.report import RepairReport

@@ -44,7 +44,7 @@ from safelora_gguf.smoke.report import Bounds, meets
 from safelora_gguf.smoke.runs import Run
 
 if TYPE_CHECKING:
-    from safelora_gguf.repair.solving import ModuleFigures
+    from safelora_gguf.repair.solving.solver import ModuleFigures
 
 
 @dataclass

@@ -15,7 +15,7 @@ from converters.adapters.output import Fact, LoadPair
 from converters.errors import LlamaError, UnsupportedError
 from safelora_gguf.losses import losses_of
 from safelora_gguf.repair.making import Repairs, norm_ratio
-from safelora_gguf.repair.report import CapturedPart, CapturedReport, RepairReport, module_notes, module_reports
+from safelora_gguf.repair.report import CapturedReport, RepairReport, module_notes, module_reports
 from safelora_gguf.repair.writing import RepairFacts, write_repaired
 from safelora_gguf.report import OutputReport
 from safelora_gguf.smoke.parent.session import Session
@@ -39,7 +39,8 @@ class Repairer:
 
     Attributes:
         session: the aligned model's process.
-        untouched: the adapter as it is, as GGUF; beside it inputs and solutions are kept.
+        untouched: the adapter as it is, as GGUF; beside it adapters are made.
+        roomy: where inputs and solutions are kept; None: beside the others.
         refused: harmful calibration prompts that the aligned model refuses, once `prepare` has found them.
         failure: why inputs could not be read; it is not tried again.
         unsolved: why there is no repair at a mu, for each that was tried in vain.
@@ -50,6 +51,7 @@ class Repairer:
     untouched: Path
     journal: Journal
     meter: Meter
+    roomy: Path | None = None
     refused: tuple[Prompt, ...] = ()
     failure: LlamaError | UnsupportedError | None = None
     unsolved: dict[float, UnsupportedError] = field(default_factory=dict)
@@ -196,13 +198,11 @@ class Repairer:
             place.mkdir()
             self._repairs = Repairs(
                 self.session, self.plan.inputs, self.untouched, self.plan.calibration, self.plan.method, place,
-                refused=self.refused, tell=lambda done, of, what: self.meter.say(f"repair: {what} ({done} of {of})"),
+                refused=self.refused, roomy=self.roomy,
+                tell=lambda done, of, what: self.meter.say(f"repair: {what} ({done} of {of})"),
             )  # fmt: skip
         return self._repairs
 
     def _captured(self) -> CapturedReport | None:
         found = self._made().captured
-        if found is None:
-            return None
-        harmful, benign = (CapturedPart(one.prompts, one.tokens) for one in (found.harmful, found.benign))
-        return CapturedReport(harmful, benign, len(found.groups), found.bytes, found.passes)
+        return None if found is None else CapturedReport.of(found)

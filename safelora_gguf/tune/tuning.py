@@ -18,7 +18,7 @@ from safelora_gguf._version import __version__
 from safelora_gguf.candidates import ScoredAdapter, score_inputs
 from safelora_gguf.device import resolve_device
 from safelora_gguf.projection_inputs import ProjectionInputs
-from safelora_gguf.scratch import scratch_beside
+from safelora_gguf.scratch import roomy_scratch, scratch_beside
 from safelora_gguf.smoke.asking import Asking
 from safelora_gguf.smoke.inputs import CheckedFiles
 from safelora_gguf.smoke.instrument import Instrument
@@ -112,13 +112,19 @@ class Tuning:
             WriteError, OutputPathError: see `converters.atomic`.
         """
         target = self.output.target
-        with scratch_beside(target, "tune") as scratch, self._sessions() as (session, guard):
+        with (
+            scratch_beside(target, "tune") as scratch,
+            roomy_scratch(scratch) as roomy,
+            self._sessions() as (session, guard),
+        ):
             untouched = scratch / "adapter.gguf"
             scored.write(UNTOUCHED, untouched, outtype=self.place.outtype)
             check_runs_on(untouched, self.options.model, self.inputs)
             journal = Journal(target.with_name(f".{target.name}.tune.jsonl"), self._key())
             meter = self._meter(progress)
-            repairer = None if self.repair is None else Repairer(self.repair, session, untouched, journal, meter)
+            repairer = None
+            if self.repair is not None:
+                repairer = Repairer(self.repair, session, untouched, journal, meter, roomy)
             lines = make_lines(self.grid, scored, self.place.outtype, repairer)
             making = Making(lines, scored, self.place.outtype, self.wishes.everything)
             measuring = Measuring(

@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 from safelora_gguf import convert_adapter
 from safelora_gguf.cli import app
 from safelora_gguf.repair import making, repairing
-from safelora_gguf.repair.capturing import capture_sets
 from safelora_gguf.repair.measuring import IN_SAMPLE_RUN
+from safelora_gguf.repair.reading.capturing import capture_sets
 from safelora_gguf.smoke.parent.session import Session
 
 pytest.importorskip("llama_cpp")

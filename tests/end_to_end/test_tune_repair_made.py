@@ -16,7 +16,7 @@ import torch
 from converters.adapters.output import LoadPair
 from converters.errors import LlamaError, UnsupportedError
 from safelora_gguf.repair.making import Repairs
-from safelora_gguf.repair.solving import ModuleFigures
+from safelora_gguf.repair.solving.solver import ModuleFigures
 from safelora_gguf.tune import Asking, GridOptions, TuneReport, grid, prepare_tuning, repair_plan, repairing
 
 pytest.importorskip("llama_cpp")

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from converters.errors import Error, LlamaError, WriteError
-from safelora_gguf.repair.captured_rows import UNREAD, CapturedSet, JoinedRows
+from safelora_gguf.repair.reading.captured_rows import UNREAD, CapturedSet, JoinedRows
 from safelora_gguf.smoke.llama.capture_file import CaptureWriter, halved
 from safelora_gguf.smoke.protocol import InputGroup
 

@@ -15,7 +15,7 @@ from fake_llama_child import WIDE, WIDTH
 from replying_child import shapes
 
 from converters.errors import LlamaError, UnsupportedError, UsageError, WriteError
-from safelora_gguf.repair.capturing import Asked, CapturedSet, CapturedSets, RangeInputs, capture_sets
+from safelora_gguf.repair.reading.capturing import Asked, CapturedSet, CapturedSets, RangeInputs, capture_sets
 from safelora_gguf.smoke.parent.session import Captured, Limits, Session, ask
 from safelora_gguf.smoke.protocol import TEMPLATE_FAILED, AdapterChoice, Continued, ModelOptions
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from safelora_gguf.convert import convert_adapter
-from safelora_gguf.repair.captured_sets import Taken
-from safelora_gguf.repair.capturing import Asked, CapturedSet, CapturedSets, capture_sets
+from safelora_gguf.repair.reading.captured_sets import Taken
+from safelora_gguf.repair.reading.capturing import Asked, CapturedSet, CapturedSets, capture_sets
 from safelora_gguf.smoke.parent.session import Session, ask
 from safelora_gguf.smoke.prompts import load_prompts
 from safelora_gguf.smoke.protocol import AdapterChoice, InputShape, ModelOptions

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from safelora_gguf.repair.closed_form import IllConditionedError, Solution, kept, moments, repaired_a, weighted
+from safelora_gguf.repair.solving.closed_form import IllConditionedError, Solution, kept, moments, repaired_a, weighted
 
 FLOAT32 = 2.0**-24
 SPACES = {"inputs": (300, 200, 96), "tokens": (70, 50, 256), "square": (90, 66, 156), "large": (700, 400, 1024)}
@@ -169,7 +169,7 @@ def test_an_error_above_a_thousandth_is_told() -> None:
 @pytest.mark.parametrize("kind", ["plain", "outlier", "massive row"])
 @pytest.mark.parametrize("most", [0, 1 << 30])
 def test_sums_of_parts_serve_as_well_as_the_parts(kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safelora_gguf.repair.closed_form._MOST_GRAMS", most)
+    monkeypatch.setattr("safelora_gguf.repair.solving.closed_form._MOST_GRAMS", most)
     h, other, g = inputs(kind, 200, 96, 2), inputs("plain", 30, 96, 4), inputs(kind, 300, 96, 1)
     a, ridge = noise(3, 8, 96), ridge_of(g, 0.1)
     seen = moments(torch.cat([h, other, g]), [len(h), len(other), len(g)])

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from safelora_gguf.repair.folds import deal
 from safelora_gguf.repair.making import deal_folds
+from safelora_gguf.repair.reading.folds import deal
 from safelora_gguf.smoke.prompts import Prompt as PromptLine
 from safelora_gguf.smoke.prompts import packaged_prompts
 

@@ -16,9 +16,9 @@ import torch
 
 from converters.errors import LlamaError, UnsupportedError
 from safelora_gguf.repair import making
-from safelora_gguf.repair.capturing import Asked
 from safelora_gguf.repair.inputs import RepairInputs, open_repair_inputs
 from safelora_gguf.repair.making import Method, Repairs, deal_folds, norm_ratio, write_measured
+from safelora_gguf.repair.reading.capturing import Asked
 from safelora_gguf.repair.writing import original_pairs
 from safelora_gguf.smoke.parent.outcomes import Answered
 from safelora_gguf.smoke.parent.session import ask

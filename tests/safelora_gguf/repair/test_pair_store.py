@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from converters.errors import WriteError
-from safelora_gguf.repair.pair_store import PairStore
+from safelora_gguf.repair.solving.pair_store import PairStore
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:

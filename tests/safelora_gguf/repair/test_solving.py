@@ -18,10 +18,10 @@ import torch
 
 from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.errors import UnsupportedError
-from safelora_gguf.repair import closed_form
-from safelora_gguf.repair.captured_sets import UNREAD, CapturedSet, RangeInputs
-from safelora_gguf.repair.pair_store import PairStore
-from safelora_gguf.repair.solving import NEVER_SEEN, NO_HARMFUL, NOTHING_WANTED, ModuleFigures, Solver
+from safelora_gguf.repair.reading.captured_sets import UNREAD, CapturedSet, RangeInputs
+from safelora_gguf.repair.solving import closed_form
+from safelora_gguf.repair.solving.pair_store import PairStore
+from safelora_gguf.repair.solving.solver import NEVER_SEEN, NO_HARMFUL, NOTHING_WANTED, ModuleFigures, Solver
 from safelora_gguf.smoke.llama.capture_file import CaptureReader, CaptureWriter, halved
 
 EPS, WIDTH, RANK = 0.1, 48, 4
@@ -309,7 +309,7 @@ def test_no_more_gram_matrices_are_kept_at_a_time_than_there_is_memory_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     """Those of six parts, or of two sets; what is solved is the same for every fold."""
-    monkeypatch.setattr("safelora_gguf.repair.closed_form._MOST_GRAMS", most)
+    monkeypatch.setattr("safelora_gguf.repair.solving.closed_form._MOST_GRAMS", most)
     kept: list[int] = []
     original = closed_form.weighted
 
@@ -319,7 +319,7 @@ def test_no_more_gram_matrices_are_kept_at_a_time_than_there_is_memory_for(
         kept.append(sum(one.shape == (WIDTH, WIDTH) for one in tensors))
         return original(seen, *weights)
 
-    monkeypatch.setattr("safelora_gguf.repair.closed_form.weighted", counted)
+    monkeypatch.setattr("safelora_gguf.repair.solving.closed_form.weighted", counted)
     found, g, h = attention(tmp_path)
     lora = adapter(pair("blk.0.attn_q"))
     solve, store = solver(tmp_path, [found], lora)
@@ -351,7 +351,7 @@ def test_what_can_not_be_solved_names_the_weight_and_leaves_nothing(
     def hopeless(*_: Any, **__: Any) -> Any:
         raise ArithmeticError("the inputs are too ill-conditioned")
 
-    monkeypatch.setattr("safelora_gguf.repair.closed_form.repaired_a", hopeless)
+    monkeypatch.setattr("safelora_gguf.repair.solving.closed_form.repaired_a", hopeless)
     found, *_ = attention(tmp_path)
     solve, store = solver(tmp_path, [found], adapter(pair("blk.0.attn_q")))
     with pytest.raises(UnsupportedError, match=r"blk\.0\.attn_q.*ill-conditioned"):

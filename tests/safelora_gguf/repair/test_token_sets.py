@@ -10,7 +10,7 @@ from hashlib import sha512
 import numpy as np
 import pytest
 
-from safelora_gguf.repair.token_sets import begun_alike, readings, shares, tail_firsts
+from safelora_gguf.repair.reading.token_sets import begun_alike, readings, shares, tail_firsts
 from safelora_gguf.smoke.protocol import Continued
 
 

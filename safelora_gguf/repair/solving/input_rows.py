@@ -13,7 +13,7 @@ import torch
 from converters.adapters.lora import LoraPair
 
 if TYPE_CHECKING:
-    from safelora_gguf.repair.captured_sets import CapturedSet, RangeInputs
+    from safelora_gguf.repair.reading.captured_sets import CapturedSet, RangeInputs
     from safelora_gguf.smoke.protocol import InputGroup
 
 _BLOCK = 1 << 22  # values that are read at a time

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converters.errors import Error, LlamaError, UnsupportedError, UsageError, WriteError
-from safelora_gguf.repair.captured_rows import CapturedSet
-from safelora_gguf.repair.captured_sets import (
+from safelora_gguf.repair.reading.captured_rows import CapturedSet
+from safelora_gguf.repair.reading.captured_sets import (
     CapturedSets,
     Inputs,
     Mixture,
@@ -30,7 +30,7 @@ from safelora_gguf.repair.captured_sets import (
     size,
     telling,
 )
-from safelora_gguf.repair.token_sets import begun_alike, readings, tail_firsts
+from safelora_gguf.repair.reading.token_sets import begun_alike, readings, tail_firsts
 from safelora_gguf.smoke.parent.session import Session
 from safelora_gguf.smoke.protocol import (
     TEMPLATE_FAILED,

@@ -27,7 +27,7 @@ import torch
 
 from converters.products import gram, norm
 from safelora_gguf.low_rank import gram64
-from safelora_gguf.repair.lower_triangles import add_lower_gram, factor_in_place, lower_gram
+from safelora_gguf.repair.solving.lower_triangles import add_lower_gram, factor_in_place, lower_gram
 
 _TOLERANCE = 1e-5  # of the last correction of each row, relative to the smaller of its change and what is left of it
 _NOTHING = 1e-300

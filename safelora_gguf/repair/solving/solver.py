@@ -11,14 +11,14 @@ from converters.adapters.lora import LoraAdapter, LoraPair
 from converters.errors import UnsupportedError
 from converters.products import gram, norm
 from safelora_gguf.device import exact_float32
-from safelora_gguf.repair.input_rows import InputRows, input_rows
+from safelora_gguf.repair.solving.input_rows import InputRows, input_rows
 
 if TYPE_CHECKING:
     import torch
 
-    from safelora_gguf.repair.captured_sets import Inputs
-    from safelora_gguf.repair.closed_form import Moments, Weighted
-    from safelora_gguf.repair.pair_store import PairStore, PairWriter
+    from safelora_gguf.repair.reading.captured_sets import Inputs
+    from safelora_gguf.repair.solving.closed_form import Moments, Weighted
+    from safelora_gguf.repair.solving.pair_store import PairStore, PairWriter
 
 _Key = tuple[float, int | None]
 
@@ -132,7 +132,7 @@ class Solver:
         """A' of some pairs of one input for each mu and fold, from their A, fold by fold."""
         import torch
 
-        from safelora_gguf.repair.closed_form import moments
+        from safelora_gguf.repair.solving.closed_form import moments
 
         if rows is None or _note(rows) is not None:
             yield from ((key, old) for key in wanted)
@@ -149,7 +149,7 @@ class Solver:
         self, fold: int | None, mus: Sequence[float], a: torch.Tensor, rows: InputRows, *, seen: Moments, module: str
     ) -> Iterator[tuple[float, torch.Tensor]]:
         """A' for each mu, with what has to be made for a fold alone; that is gone before the next one's is made."""
-        from safelora_gguf.repair.closed_form import repaired_a, weighted
+        from safelora_gguf.repair.solving.closed_form import repaired_a, weighted
 
         ridge = self._eps * rows.mean_squares[fold]
         if not ridge > 0:
@@ -178,7 +178,7 @@ class Solver:
 
 def _advice(error: ArithmeticError, a: torch.Tensor, sets: Weighted, mu: float, ridge: float) -> str:
     """Which number makes it solvable: the weight of harmful inputs, where a usual one does; or else the ridge."""
-    from safelora_gguf.repair.closed_form import IllConditionedError, repaired_a
+    from safelora_gguf.repair.solving.closed_form import IllConditionedError, repaired_a
 
     if not isinstance(error, IllConditionedError):
         return ""
@@ -194,7 +194,7 @@ def _told(
 ) -> ModuleFigures:
     import torch
 
-    from safelora_gguf.repair.closed_form import kept
+    from safelora_gguf.repair.solving.closed_form import kept
 
     note = _note(rows)
     a, b = (factor.float() for factor in factors)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.errors import Error, LlamaError
-from safelora_gguf.repair.captured_rows import UNREAD, CapturedSet, JoinedRows
+from safelora_gguf.repair.reading.captured_rows import UNREAD, CapturedSet, JoinedRows
 from safelora_gguf.smoke.llama.capture_file import ALIGNMENT, nbytes
 from safelora_gguf.smoke.parent.session import Captured, Session, Tell
 from safelora_gguf.smoke.protocol import AdapterChoice, InputGroup, InputShape, Reading
