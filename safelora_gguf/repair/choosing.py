@@ -3,9 +3,9 @@
 The grid has the quarter octaves 2^(k/4) from 1/2 to 64: below, what was enough on the prompts that calibrate was too
 little on other phrasings. The boundary is looked for by first tokens where these can tell, since they cost one token
 for each prompt: among the octaves by bisection, then between two of them. There text has the last word: where it says
-too little the search goes on to larger mu, in growing steps and back by bisection. `with_margin` then goes on a
-little, as long as that costs nothing. Nothing is known here of files, adapters and llama.cpp; what is asked of them is
-kept.
+too little the search goes on to larger mu, in growing steps and back by bisection, where it says enough to smaller
+ones. `with_margin` then goes on a little, as long as that costs nothing. Nothing is known here of files, adapters and
+llama.cpp; what is asked of them is kept.
 """
 
 from __future__ import annotations
@@ -111,6 +111,8 @@ def choose(score: Measure | None, text: Measure, enough: Enough, aim: Enough | N
             start = _boundary(asked, by)
         if not asked.reaches("text", start):
             _upwards(asked, start)
+        elif by == "score":
+            _downwards(asked, start)
     except _FailedError:
         return Chosen(None, False, tuple(asked.tried))
     place = asked.best("text")
@@ -235,6 +237,19 @@ def _upwards(asked: _Asked, start: int) -> None:
             _first(asked, "text", range(low + 1, high))
             return
         low, step = high, 2 * step
+
+
+def _downwards(asked: _Asked, start: int) -> None:
+    """Smaller ones by text, octave by octave, while they reach the aim, too: where first tokens said too little the
+    task would be lost for nothing. Then the first that does, among the quarter octaves."""
+    high = start
+    while high > LOWEST:
+        low = max(high - OCTAVE, LOWEST)
+        if not asked.reaches("text", low):
+            if high < start:  # else first tokens were right
+                _first(asked, "text", range(low + 1, high))
+            return
+        high = low
 
 
 def _rate(count: Count | None) -> float:

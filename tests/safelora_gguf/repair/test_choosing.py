@@ -47,7 +47,7 @@ def test_what_asking_everywhere_finds_is_found_with_few_measurements(first: int,
     found = choose(measure if with_score else None, measure, enough)
     assert (found.mu, found.reaches) == (mu_at(expected), True)
     assert len(asked(found, "score")) <= (6 if with_score else 0)
-    assert len(asked(found, "text")) <= (1 if with_score else 6)
+    assert len(asked(found, "text")) <= (2 if with_score else 6)
     assert len(set(map(str, found.tried))) == len(found.tried)
 
 
@@ -82,7 +82,7 @@ def test_an_aim_that_nothing_reaches_changes_nothing() -> None:
     measure = refusing(lambda place: 0.9 if place >= 4 else 0.85)
     found = choose(measure, measure, enough, aim)
     assert (found.mu, found.reaches) == (mu_at(4), True)
-    assert asked(found, "text") == [mu_at(4)]
+    assert asked(found, "text") == [mu_at(4), mu_at(0)]
 
 
 def test_where_text_is_enough_the_aim_is_looked_for_an_octave_up_and_no_further() -> None:
@@ -92,10 +92,11 @@ def test_where_text_is_enough_the_aim_is_looked_for_an_octave_up_and_no_further(
     assert asked(found, "text") == [mu_at(place) for place in (4, 5, 7, 8)]
 
 
-def test_where_text_says_more_than_the_score_the_score_is_believed() -> None:
-    """Other phrasings are refused less than those that calibrate, and smaller mu cost measurements with text."""
-    found = choose(from_place(8), from_place(0), enough)
-    assert (found.mu, asked(found, "text")) == (mu_at(8), [mu_at(8)])
+def test_where_text_says_more_than_the_score_smaller_ones_are_tried() -> None:
+    """At mu 4 by first tokens, where the task may be lost, and at mu 1 by text: an octave at a time, then between."""
+    found = choose(from_place(8), from_place(1), enough)
+    assert (found.mu, found.reaches) == (mu_at(1), True)
+    assert asked(found, "text") == [mu_at(place) for place in (8, 4, 0, 2, 1)]
 
 
 def test_where_nothing_refuses_enough_the_smallest_that_refuses_about_as_much_as_any_is_named() -> None:
