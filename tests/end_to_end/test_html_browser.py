@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from html_reports import Report, hostile_report, project_report, smoke_report, tune_report
+from html_reports import Report, hostile_report, project_report, repair_report, smoke_report, tune_report
 from models import Trio
 
 from safelora_gguf.html import page as html_page
@@ -25,7 +25,10 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 A4 = {"width": 688, "height": 1017}
 """The printed part of A4 with margins of 14 mm, in CSS pixels."""
 PHONE, DESKTOP = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
-REPORTS = {"smoke": smoke_report(), "tune": tune_report(), "project": project_report(), "hostile": hostile_report()}
+REPORTS = {
+    "smoke": smoke_report(), "tune": tune_report(), "project": project_report(), "repair": repair_report(),
+    "hostile": hostile_report(),
+}  # fmt: skip
 OPEN_ALL = "document.querySelectorAll('details').forEach(each => { each.open = true })"
 LOWEST_CONTRAST = """() => {
   const parse = text => {
