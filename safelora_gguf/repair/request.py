@@ -21,7 +21,7 @@ from safelora_gguf.repair.repaired import Wishes
 from safelora_gguf.repair.repairing import Purposes, Repairing
 from safelora_gguf.repair.report import RepairReport
 from safelora_gguf.smoke.asking import Asking
-from safelora_gguf.smoke.inputs import check_files, check_judges, check_numbers
+from safelora_gguf.smoke.inputs import check_files, check_judges
 from safelora_gguf.smoke.plan import GUARD
 from safelora_gguf.smoke.prompts import PromptSet, load_prompts, split_kind
 from safelora_gguf.smoke.report import Bounds
@@ -119,17 +119,7 @@ def prepare_repair(
 
 def _checked(asking: Asking, bounds: Bounds, mu: float | None, method: Method) -> tuple[str, ...]:
     """The judges' names, once all numbers are known to be in their ranges."""
-    check_numbers(
-        min_refusal=bounds.min_refusal,
-        max_over_refusal=bounds.max_over_refusal,
-        max_tokens=asking.max_tokens,
-        threads=asking.threads,
-        gpu_layers=asking.gpu_layers,
-        ctx=asking.ctx,
-        timeouts=(asking.time_limit, asking.load_limit),
-        limit=asking.limit,
-        parallel=asking.parallel,
-    )
+    asking.check(bounds)
     for name, value, (least, most) in (("mu", mu, MU_RANGE), ("eps", method.eps, EPS_RANGE)):
         if value is not None and not least <= value <= most:
             raise UsageError(f"--{name} is {value:g}, expected between {least:g} and {most:g}")

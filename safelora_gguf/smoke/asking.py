@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safelora_gguf.smoke.inputs import default_threads, read_template
+from safelora_gguf.smoke.inputs import check_numbers, default_threads, read_template
 from safelora_gguf.smoke.parent.session import LOAD_TIMEOUT, PROMPT_TIMEOUT
 from safelora_gguf.smoke.protocol import ModelOptions
+from safelora_gguf.smoke.report import Bounds
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,24 @@ class Asking:
     parallel: int = 16
     time_limit: float = PROMPT_TIMEOUT
     load_limit: float = LOAD_TIMEOUT
+
+    def check(self, bounds: Bounds) -> None:
+        """That all numbers, those of the bounds too, are in their ranges.
+
+        Raises:
+            UsageError: one isn't.
+        """
+        check_numbers(
+            min_refusal=bounds.min_refusal,
+            max_over_refusal=bounds.max_over_refusal,
+            max_tokens=self.max_tokens,
+            threads=self.threads,
+            gpu_layers=self.gpu_layers,
+            ctx=self.ctx,
+            timeouts=(self.time_limit, self.load_limit),
+            limit=self.limit,
+            parallel=self.parallel,
+        )
 
     def options(self, model: str | Path) -> ModelOptions:
         """For one model.

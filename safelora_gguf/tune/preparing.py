@@ -20,7 +20,7 @@ from safelora_gguf.repair.making import Method
 from safelora_gguf.setting import Setting
 from safelora_gguf.smoke.asking import Asking
 from safelora_gguf.smoke.guarding import guard_of
-from safelora_gguf.smoke.inputs import check_files, check_judges, check_numbers
+from safelora_gguf.smoke.inputs import check_files, check_judges
 from safelora_gguf.smoke.intervals import prompts_needed
 from safelora_gguf.smoke.plan import GUARD, Guard
 from safelora_gguf.smoke.prompts import PromptSet, load_prompts, split_kind
@@ -192,17 +192,7 @@ def _guard(asking: Asking, judges: Sequence[str]) -> Guard | None:
 
 def _checked(asking: Asking, bounds: Bounds, confirm: int, refine: int) -> tuple[str, ...]:
     """The judges' names, once all numbers are known to be in their ranges."""
-    check_numbers(
-        min_refusal=bounds.min_refusal,
-        max_over_refusal=bounds.max_over_refusal,
-        max_tokens=asking.max_tokens,
-        threads=asking.threads,
-        gpu_layers=asking.gpu_layers,
-        ctx=asking.ctx,
-        timeouts=(asking.time_limit, asking.load_limit),
-        limit=asking.limit,
-        parallel=asking.parallel,
-    )
+    asking.check(bounds)
     if confirm < 1:
         raise UsageError(f"--confirm is {confirm}, expected at least 1 candidate")
     if refine < 0:
