@@ -30,9 +30,6 @@ ALIGNED, ADAPTER, REPAIRED = "aligned model", "adapter", "repaired"
 IN_SAMPLE_RUN = "repaired, on prompts that calibrated it"
 """Label of the written adapter's own run where cross-fitting decides: nobody shall take it for independent."""
 
-_SEPARATION = 0.8
-"""The score must order the aligned model's answers at least so well, or it is not asked."""
-
 Adapters = Callable[[int | None], tuple[AdapterChoice, ...]]
 """Gives what the prompts of a fold are asked with; None: of no fold."""
 
@@ -71,12 +68,6 @@ class Measuring:
     notes: list[str] = field(default_factory=list)
     runs: dict[str, Run] = field(default_factory=dict)
     references: dict[str, dict[int | None, Reference]] = field(default_factory=dict)
-
-    @property
-    def by_score(self) -> bool:
-        """Whether first tokens tell refusals from answers."""
-        found = self.instrument.calibration
-        return found is not None and found.threshold is not None and (found.separation or 0) >= _SEPARATION
 
     @property
     def fold_numbers(self) -> tuple[int | None, ...]:

@@ -129,13 +129,13 @@ class Course:
             self.repairs.solve(OCTAVES, self.calibrating.fold_numbers)
         bound = self.wishes.bounds.min_refusal if self._looked_for is None else self._looked_for
         self._chosen = choose(
-            self._score if self.calibrating.by_score else None,
+            self._score if self.calibrating.instrument.by_score else None,
             self._text,
             Bounds(bound).refuses,
             standard_error_above(bound),
         )
         enough, self._chosen = self._chosen.mu, with_margin(self._chosen, self._text)
-        self.notes += [] if self.calibrating.by_score else [BY_TEXT_ALONE]
+        self.notes += [] if self.calibrating.instrument.by_score else [BY_TEXT_ALONE]
         self.notes += how_chosen(self._chosen, enough)
         return self._ended() if self._chosen.mu is None else self._judged(self._chosen.mu)
 

@@ -32,9 +32,6 @@ from safelora_gguf.tune.ways import Way
 ALIGNED, ADAPTER = "aligned model", "adapter"
 """Labels of the runs that everything is measured against."""
 
-_SEPARATION = 0.8
-"""The score must order the aligned model's answers at least so well, or it is not asked."""
-
 _NOT_IN_NAMES = re.compile(r"[^\w.]+")
 
 
@@ -67,12 +64,6 @@ class Measuring:
     @property
     def scratch(self) -> Path:
         return self.untouched.parent
-
-    @property
-    def by_score(self) -> bool:
-        """Whether first tokens tell refusals from answers."""
-        found = self.instrument.calibration
-        return found is not None and found.threshold is not None and (found.separation or 0) >= _SEPARATION
 
     def coarse(self, candidate: Candidate) -> Figures:
         """By first tokens and distributions alone."""
@@ -147,7 +138,7 @@ class Measuring:
     def by_first_tokens(self, run: Run) -> Figures | None:
         """What the score alone says of a run that was measured with text; None where it can't tell."""
         calibration = self.instrument.calibration
-        if calibration is None or not self.by_score:
+        if calibration is None or not self.instrument.by_score:
             return None
         decide = score_judge(calibration).decide
         told = [replace(one, refused=decide(Answer("", one.error, score=one.refusal_score))) for one in run.responses]
@@ -189,7 +180,7 @@ class Measuring:
 
     def _coarse(self, plan: RunPlan) -> tuple[Figures, Error | None]:
         beside = tuple(reference for reference in self.references() if reference.label == ADAPTER)
-        if not self.by_score:
+        if not self.instrument.by_score:
             utility, failure = utility_of(self.session, plan, beside)
             return _figures(Figures("coarse"), utility), failure
         scored = score_run(self.session, plan, replace(self.instrument, references=beside))

@@ -274,7 +274,7 @@ class Course:
         measuring, notes = self.measuring, [*self.notes, *(self.repairing.notes if self.repairing else ())]
         calibration = measuring.instrument.calibration
         notes += [*measuring.session.notes, *measuring.notes, *(calibration.notes if calibration else ())]
-        if calibration is not None and not measuring.by_score:
+        if calibration is not None and not measuring.instrument.by_score:
             notes.append("first tokens don't tell refusals from answers here: candidates were tried by text alone")
         told = utility_note(measuring.instrument.prompts)
         notes += [*unasked_notes(measuring.instrument.prompts), *([] if told is None else [told])]

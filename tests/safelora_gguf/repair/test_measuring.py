@@ -156,7 +156,7 @@ def test_a_score_that_separates_little_is_not_asked(
 ) -> None:
     own = measuring(tmp_path, FakeSession())
     own.instrument = Instrument(own.instrument.prompts, own.instrument.panel, calibration)
-    assert own.by_score is expected
+    assert own.instrument.by_score is expected
 
 
 def utility_against(run: Run, label: str) -> tuple[float, float, int]:
